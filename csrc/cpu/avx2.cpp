@@ -1,0 +1,86 @@
+// AVX2, FMA and F16C: eight lanes. Compiled with -mavx2 -mfma -mf16c, entered only on a processor that has them.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dgf {
+namespace {
+
+struct Avx2 {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int width = 8;
+
+  static I splat(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+  static F splat(float v) { return _mm256_set1_ps(v); }
+  static void mul_wide(I a, uint32_t m, I& hi, I& lo) {
+    // Even and odd lanes are multiplied apart (32 x 32 -> 64 bits), then high and low halves are brought together.
+    const I k = _mm256_set1_epi64x(m);
+    const I even = _mm256_mul_epu32(a, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), k);
+    hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+  static I bxor(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  template <int S> static I shl(I a) { return _mm256_slli_epi32(a, S); }
+  template <int S> static I shr(I a) { return _mm256_srli_epi32(a, S); }
+  static I band(I a, I b) { return _mm256_and_si256(a, b); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static I bits(F a) { return _mm256_castps_si256(a); }
+  static F from_bits(I a) { return _mm256_castsi256_ps(a); }
+  static F select_odd(I odd, F a, F b) { return _mm256_blendv_ps(b, a, from_bits(shl<31>(odd))); }
+
+  static void counters(uint64_t block, I& lo, I& hi) {
+    const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    lo = add(splat(static_cast<uint32_t>(block)), lane);
+    hi = splat(static_cast<uint32_t>(block >> 32));
+    if (static_cast<uint32_t>(block) > 0xffffffffu - 7u)  // lanes that wrapped are 0..6, the others negative: carry
+      hi = sub(hi, _mm256_cmpgt_epi32(lo, _mm256_set1_epi32(-1)));
+  }
+  // Ten rounds on two sets of counters, step by step: with 32 x 32 multiplications in flight for one set, the other's
+  // shuffles and xors have work to do.
+  static void philox2(I a[4], I b[4], uint32_t k0, uint32_t k1) {
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      I ah0, al0, ah1, al1, bh0, bl0, bh1, bl1;
+      mul_wide(a[0], kPhiloxM0, ah0, al0);
+      mul_wide(b[0], kPhiloxM0, bh0, bl0);
+      mul_wide(a[2], kPhiloxM1, ah1, al1);
+      mul_wide(b[2], kPhiloxM1, bh1, bl1);
+      const I key0 = splat(k0), key1 = splat(k1);
+      a[0] = bxor(bxor(ah1, a[1]), key0);
+      a[1] = al1;
+      a[2] = bxor(bxor(ah0, a[3]), key1);
+      a[3] = al0;
+      b[0] = bxor(bxor(bh1, b[1]), key0);
+      b[1] = bl1;
+      b[2] = bxor(bxor(bh0, b[3]), key1);
+      b[3] = bl0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+  }
+  // z[j] holds number j of eight blocks; memory wants the four numbers of a block together.
+  static void store_blocks(float* out, const F z[4]) {
+    const F a = _mm256_unpacklo_ps(z[0], z[1]), b = _mm256_unpackhi_ps(z[0], z[1]);
+    const F c = _mm256_unpacklo_ps(z[2], z[3]), d = _mm256_unpackhi_ps(z[2], z[3]);
+    const F p = _mm256_shuffle_ps(a, c, 0x44), q = _mm256_shuffle_ps(a, c, 0xEE);
+    const F r = _mm256_shuffle_ps(b, d, 0x44), s = _mm256_shuffle_ps(b, d, 0xEE);
+    _mm256_storeu_ps(out, _mm256_permute2f128_ps(p, q, 0x20));
+    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(r, s, 0x20));
+    _mm256_storeu_ps(out + 16, _mm256_permute2f128_ps(p, q, 0x31));
+    _mm256_storeu_ps(out + 24, _mm256_permute2f128_ps(r, s, 0x31));
+  }
+};
+
+}  // namespace
+
+Kernels avx2_kernels() { return kernels_of<Avx2>(); }
+
+}  // namespace dgf

@@ -1,0 +1,25 @@
+// Plain C++: any processor, one lane at a time.
+#include "kernels.h"
+
+namespace dgf {
+namespace {
+
+struct Plain : Scalar {
+  static void counters(uint64_t block, I& lo, I& hi) {
+    lo = static_cast<uint32_t>(block);
+    hi = static_cast<uint32_t>(block >> 32);
+  }
+  static void philox2(I a[4], I b[4], uint32_t k0, uint32_t k1) {
+    philox4x32<Plain>(a, k0, k1);
+    philox4x32<Plain>(b, k0, k1);
+  }
+  static void store_blocks(float* out, const F z[4]) {
+    for (int j = 0; j < 4; ++j) out[j] = z[j];
+  }
+};
+
+}  // namespace
+
+Kernels baseline_kernels() { return kernels_of<Plain>(); }
+
+}  // namespace dgf

@@ -1,0 +1,428 @@
+// The loops behind the CPU ops, written once for every instruction set: baseline.cpp and avx2.cpp include this with
+// their own vector type V. Noise is generated a chunk at a time into a buffer that stays in the first-level cache; the
+// arithmetic around it is plain loops that the compiler vectorises for the file's instruction set.
+#pragma once
+#include <cstring>
+#include <limits>
+
+#include "../philox.h"
+#include "core.h"
+
+namespace dgf {
+namespace {
+
+// ---- element types: what is loaded and stored, and the type that arithmetic is done in ----
+
+struct F32 {
+  using T = float;
+  using A = float;
+  static A load(T v) { return v; }
+  static T store(A v) { return v; }
+};
+struct F64 {
+  using T = double;
+  using A = double;
+  static A load(T v) { return v; }
+  static T store(A v) { return v; }
+};
+struct BF16 {
+  using T = uint16_t;
+  using A = float;
+  static A load(T v) { return Scalar::from_bits(static_cast<uint32_t>(v) << 16); }
+  static T store(A v) {  // to nearest, ties to even; NaN stays NaN
+    const uint32_t b = Scalar::bits(v);
+    return v != v ? T(0x7fc0) : static_cast<T>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+  }
+};
+struct F16 {
+  using T = uint16_t;
+  using A = float;
+#ifdef __F16C__
+  static A load(T v) { return _cvtsh_ss(v); }
+  static T store(A v) { return _cvtss_sh(v, 0); }
+#else
+  static A load(T v) {  // scaling by 2^112 moves the exponent and normalises subnormals in one multiplication
+    const uint32_t magnitude = static_cast<uint32_t>(v & 0x7fffu) << 13, sign = static_cast<uint32_t>(v & 0x8000u) << 16;
+    if (magnitude >= 0x0f800000u) return Scalar::from_bits(sign | magnitude | 0x70000000u);
+    return Scalar::from_bits(sign | Scalar::bits(Scalar::from_bits(magnitude) * 0x1p112f));
+  }
+  static T store(A v) {
+    const uint32_t b = Scalar::bits(v), sign = (b >> 16) & 0x8000u;
+    uint32_t a = b & 0x7fffffffu;
+    if (a > 0x7f800000u) return static_cast<T>(sign | 0x7e00u);
+    if (a >= 0x477ff000u) return static_cast<T>(sign | 0x7c00u);
+    if (a < 0x38800000u) {  // subnormal: let one float addition round to the last place 2^-24
+      const uint32_t r = Scalar::bits(Scalar::from_bits(a) + 0.5f);
+      return static_cast<T>(sign | (r - 0x3f000000u));
+    }
+    a += 0xc8000fffu + ((a >> 13) & 1u);
+    return static_cast<T>(sign | (a >> 13));
+  }
+#endif
+};
+
+// Calls f.operator()<Element>() with the struct of a dtype.
+template <class Fn>
+auto with_dtype(Dtype d, Fn&& f) {
+  switch (d) {
+    case Dtype::f64: return f(F64{});
+    case Dtype::f16: return f(F16{});
+    case Dtype::bf16: return f(BF16{});
+    default: return f(F32{});
+  }
+}
+
+template <class A> inline A madd(A a, A b, A c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return sizeof(A) == 4 ? __builtin_fmaf(a, b, c) : __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// ---- random numbers ----
+
+// Writes numbers first .. first + n of a stream with `Fill`, which makes `Fill::lanes` of them from a block on.
+template <class Fill, class A>
+void fill(A* out, uint64_t first, int64_t n, uint32_t stream, uint64_t key, const Fill& make) {
+  alignas(64) A edge[Fill::lanes];
+  uint64_t block = first / 4;
+  int64_t skip = static_cast<int64_t>(first % 4);
+  while (n > 0) {
+    if (skip == 0 && n >= Fill::lanes) {
+      make(out, block, stream, key);
+      out += Fill::lanes;
+      n -= Fill::lanes;
+    } else {
+      make(edge, block, stream, key);
+      const int64_t take = n < Fill::lanes - skip ? n : Fill::lanes - skip;
+      std::memcpy(out, edge + skip, static_cast<size_t>(take) * sizeof(A));
+      out += take;
+      n -= take;
+      skip = 0;
+    }
+    block += Fill::lanes / 4;
+  }
+}
+
+// Two vectors of counter blocks at once: the rounds of one hide the latency of the other.
+template <class V>
+inline void blocks2(uint64_t block, uint32_t stream, uint64_t key, typename V::I a[4], typename V::I b[4]) {
+  V::counters(block, a[0], a[1]);
+  V::counters(block + V::width, b[0], b[1]);
+  a[2] = b[2] = V::splat(stream);
+  a[3] = b[3] = V::splat(0u);
+  V::philox2(a, b, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
+}
+
+template <class V> struct Normals {
+  static constexpr int lanes = 8 * V::width;
+  void operator()(float* out, uint64_t block, uint32_t stream, uint64_t key) const {
+    typename V::I w[2][4];
+    blocks2<V>(block, stream, key, w[0], w[1]);
+    for (int h = 0; h < 2; ++h) {
+      typename V::F z[4];
+      box_muller<V>(w[h][0], w[h][1], z[0], z[1]);
+      box_muller<V>(w[h][2], w[h][3], z[2], z[3]);
+      V::store_blocks(out + 4 * V::width * h, z);
+    }
+  }
+};
+template <class V> struct Uniforms {
+  static constexpr int lanes = 8 * V::width;
+  void operator()(float* out, uint64_t block, uint32_t stream, uint64_t key) const {
+    typename V::I w[2][4];
+    blocks2<V>(block, stream, key, w[0], w[1]);
+    for (int h = 0; h < 2; ++h) {
+      typename V::F z[4];
+      for (int j = 0; j < 4; ++j) z[j] = uniform<V>(w[h][j]);
+      V::store_blocks(out + 4 * V::width * h, z);
+    }
+  }
+};
+// Double precision and integers are not on the fast path: one block at a time, as the formula reads.
+struct NormalsDouble {
+  static constexpr int lanes = 4;
+  void operator()(double* out, uint64_t block, uint32_t stream, uint64_t key) const {
+    uint32_t w[4];
+    philox_block(block, stream, key, w);
+    box_muller_double(w[0], w[1], out[0], out[1]);
+    box_muller_double(w[2], w[3], out[2], out[3]);
+  }
+};
+struct UniformsDouble {
+  static constexpr int lanes = 4;
+  void operator()(double* out, uint64_t block, uint32_t stream, uint64_t key) const {
+    uint32_t w[4];
+    philox_block(block, stream, key, w);
+    for (int j = 0; j < 4; ++j) out[j] = static_cast<double>(w[j] >> 8) * 0x1p-24;
+  }
+};
+struct Integers {
+  static constexpr int lanes = 4;
+  uint64_t high;  // 2^32: the raw words
+  void operator()(int64_t* out, uint64_t block, uint32_t stream, uint64_t key) const {
+    uint32_t w[4];
+    philox_block(block, stream, key, w);
+    for (int j = 0; j < 4; ++j) out[j] = static_cast<int64_t>((w[j] * static_cast<unsigned __int128>(high)) >> 32);
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+// Chunks are aligned in the numbering of the noise, so that a chunk starts with a whole block.
+inline Range chunk_range(const Grid& g, int64_t chunk) {
+  const int64_t shift = g.keys ? 0 : static_cast<int64_t>(g.first % kChunk);
+  const int64_t begin = chunk * kChunk - shift, end = begin + kChunk;
+  return {begin < 0 ? 0 : begin, end > g.n ? g.n : end};
+}
+
+template <class Fill, class A>
+void fill_range(const Grid& g, Range r, uint32_t stream, A* z, const Fill& make) {
+  if (!g.keys) {
+    fill(z, g.first + static_cast<uint64_t>(r.begin), r.end - r.begin, stream, g.key, make);
+    return;
+  }
+  for (int64_t e = r.begin; e < r.end;) {
+    const int64_t s = e / g.sample, stop = (s + 1) * g.sample < r.end ? (s + 1) * g.sample : r.end;
+    fill(z + (e - r.begin), g.first + static_cast<uint64_t>(e - s * g.sample), stop - e, stream,
+         static_cast<uint64_t>(g.keys[s]), make);
+    e = stop;
+  }
+}
+
+template <class V> void normals(const Grid& g, Range r, uint32_t stream, float* z) {
+  fill_range(g, r, stream, z, Normals<V>{});
+}
+template <class V> void normals(const Grid& g, Range r, uint32_t stream, double* z) {
+  fill_range(g, r, stream, z, NormalsDouble{});
+}
+
+template <class V> void random_chunk(const Grid& g, Draw draw, Dtype dtype, uint32_t stream, uint64_t high, void* out,
+                                     int64_t chunk) {
+  const Range r = chunk_range(g, chunk);
+  if (draw == Draw::bits || draw == Draw::integers) {
+    fill_range(g, r, stream, static_cast<int64_t*>(out) + r.begin, Integers{high});
+    return;
+  }
+  with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    alignas(64) A z[kChunk];
+    if (draw == Draw::normal) {
+      normals<V>(g, r, stream, z);
+    } else if constexpr (sizeof(A) == 8) {
+      fill_range(g, r, stream, z, UniformsDouble{});
+    } else {
+      fill_range(g, r, stream, z, Uniforms<V>{});
+    }
+    auto* o = static_cast<typename E::T*>(out) + r.begin;
+    for (int64_t i = 0; i < r.end - r.begin; ++i) o[i] = E::store(z[i]);
+  });
+}
+
+// ---- coefficient rows ----
+
+// The row of element e, or null where it is out of range or undefined (its first entry is NaN).
+template <class A> inline const A* row_of(const Grid& g, int columns, int64_t e) {
+  const int64_t group = e / g.inner;
+  const int64_t i = g.t ? g.t[group] : (g.row < 0 ? group : g.row);
+  if (i < 0 || i >= g.n_rows) return nullptr;
+  const A* row = static_cast<const A*>(g.rows) + i * columns;
+  return row[0] == row[0] ? row : nullptr;
+}
+
+// Calls body(e, length, offset in memory, stride, row) for runs of elements with one coefficient row and one stride.
+template <class A, class Body>
+bool for_runs(const Grid& g, Range r, int columns, Body&& body) {
+  for (int64_t e = r.begin; e < r.end;) {
+    const A* row = row_of<A>(g, columns, e);
+    if (!row) return false;
+    int64_t stop = !g.t && g.row >= 0 ? r.end : (e / g.inner + 1) * g.inner;
+    int64_t offset = e, stride = 1;
+    if (g.plane) {
+      const int64_t image = g.plane * g.channels, plane_end = (e / g.plane + 1) * g.plane;
+      if (plane_end < stop) stop = plane_end;
+      offset = e / image * image + e % g.plane * g.channels + e / g.plane % g.channels;
+      stride = g.channels;
+    }
+    if (stop > r.end) stop = r.end;
+    body(e, stop - e, offset, stride, row);
+    e = stop;
+  }
+  return true;
+}
+
+// Whether any row of the range has a noise scale other than 0. Rows that have none skip the noise.
+template <class A> bool wants_noise(const Grid& g, Range r, int columns, int column) {
+  for (int64_t e = r.begin; e < r.end; e = (e / g.inner + 1) * g.inner) {
+    const A* row = row_of<A>(g, columns, e);
+    if (row && row[column] != A(0)) return true;
+    if (!g.t && g.row >= 0) break;
+  }
+  return false;
+}
+
+// f(memory index, index in the run) over one run; contiguous runs get their own loop, which vectorises.
+template <class F> inline void over(int64_t length, int64_t offset, int64_t stride, F&& f) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < length; ++i) f(offset + i, i);
+  } else {
+    for (int64_t i = 0; i < length; ++i) f(offset + i * stride, i);
+  }
+}
+
+// ---- forward noising: out = a x + s sigma z;  rows (a, s) ----
+
+template <class V>
+bool add_noise_chunk(const Grid& g, Dtype dtype, const void* x_, double sigma_, void* out_, void* noise_, int64_t chunk) {
+  return with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    const Range r = chunk_range(g, chunk);
+    auto* __restrict x = static_cast<const typename E::T*>(x_);
+    auto* __restrict out = static_cast<typename E::T*>(out_);
+    auto* __restrict noise = static_cast<typename E::T*>(noise_);
+    alignas(64) A z[kChunk];
+    if (noise || wants_noise<A>(g, r, 2, 1)) normals<V>(g, r, 0, z);
+    return for_runs<A>(g, r, 2, [&](int64_t e, int64_t length, int64_t offset, int64_t stride, const A* row) {
+      const A a = row[0], s = row[1] * static_cast<A>(sigma_);
+      const A* __restrict zr = z + (e - r.begin);
+      if (noise) over(length, offset, stride, [=](int64_t m, int64_t i) { noise[m] = E::store(zr[i]); });
+      if (s == A(0)) {
+        over(length, offset, stride, [=](int64_t m, int64_t) { out[m] = E::store(a * E::load(x[m])); });
+      } else {
+        over(length, offset, stride, [=](int64_t m, int64_t i) { out[m] = E::store(madd(s, zr[i], a * E::load(x[m]))); });
+      }
+    });
+  });
+}
+
+// ---- a pair (x_{t-1}, x_t), t >= 1: previous = a0 x + s0 z0, current = a1 previous + s1 z1;  rows (a0, s0, a1, s1) ----
+
+template <class V>
+bool noise_pair_chunk(const Grid& g, Dtype dtype, const void* x_, void* previous_, void* current_, int64_t chunk) {
+  return with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    const Range r = chunk_range(g, chunk);
+    auto* __restrict x = static_cast<const typename E::T*>(x_);
+    auto* __restrict previous = static_cast<typename E::T*>(previous_);
+    auto* __restrict current = static_cast<typename E::T*>(current_);
+    alignas(64) A z0[kChunk], z1[kChunk];
+    normals<V>(g, r, 0, z0);
+    normals<V>(g, r, 1, z1);
+    return for_runs<A>(g, r, 4, [&](int64_t e, int64_t length, int64_t offset, int64_t stride, const A* row) {
+      const A a0 = row[0], s0 = row[1], a1 = row[2], s1 = row[3];
+      const A *__restrict y0 = z0 + (e - r.begin), *__restrict y1 = z1 + (e - r.begin);
+      over(length, offset, stride, [=](int64_t m, int64_t i) {
+        const A p = s0 == A(0) ? a0 * E::load(x[m]) : madd(s0, y0[i], a0 * E::load(x[m]));
+        previous[m] = E::store(p);
+        current[m] = E::store(madd(s1, y1[i], a1 * p));
+      });
+    });
+  });
+}
+
+// ---- a reverse step;  rows (A, B, s, G, px, pe, c0, cx) ----
+// e' = e_uncond + guidance_scale (e - e_uncond) + logit_scale G logit_grad
+// out = A x + B e' + s z, or with clipping x0 = clamp(px x + pe e', -1, 1), out = c0 x0 + cx x + s z
+
+template <class V>
+bool step_chunk(const Grid& g, Dtype dtype, const StepArgs& args, int64_t chunk) {
+  return with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    using T = typename E::T;
+    const Range r = chunk_range(g, chunk);
+    auto* __restrict x = static_cast<const T*>(args.x);
+    auto* __restrict eps = static_cast<const T*>(args.e);
+    auto* __restrict uncond = static_cast<const T*>(args.e_uncond);
+    auto* __restrict grad = static_cast<const T*>(args.logit_grad);
+    auto* __restrict out = static_cast<T*>(args.out);
+    const A guidance = static_cast<A>(args.guidance_scale), logit_scale = static_cast<A>(args.logit_scale);
+    const bool clip = args.clip;
+    alignas(64) A z[kChunk], guided[kChunk];
+    if (wants_noise<A>(g, r, 8, 2)) normals<V>(g, r, 0, z);
+    return for_runs<A>(g, r, 8, [&](int64_t k, int64_t length, int64_t offset, int64_t stride, const A* row) {
+      const A a = row[0], b = row[1], s = row[2], w = logit_scale * row[3];
+      const A px = row[4], pe = row[5], c0 = row[6], cx = row[7];
+      A* __restrict zr = z + (k - r.begin);
+      A* __restrict e = guided + (k - r.begin);
+      if (s == A(0)) std::memset(zr, 0, static_cast<size_t>(length) * sizeof(A));
+      if (uncond) {
+        over(length, offset, stride, [=](int64_t m, int64_t i) {
+          const A u = E::load(uncond[m]);
+          e[i] = madd(guidance, E::load(eps[m]) - u, u);
+        });
+      } else {
+        over(length, offset, stride, [=](int64_t m, int64_t i) { e[i] = E::load(eps[m]); });
+      }
+      if (grad) over(length, offset, stride, [=](int64_t m, int64_t i) { e[i] = madd(w, E::load(grad[m]), e[i]); });
+      if (clip) {
+        over(length, offset, stride, [=](int64_t m, int64_t i) {
+          const A v = E::load(x[m]), x0 = madd(px, v, pe * e[i]);
+          const A c = x0 < A(-1) ? A(-1) : (x0 > A(1) ? A(1) : x0);
+          out[m] = E::store(madd(s, zr[i], madd(c0, c, cx * v)));
+        });
+      } else {
+        over(length, offset, stride, [=](int64_t m, int64_t i) {
+          out[m] = E::store(madd(s, zr[i], madd(a, E::load(x[m]), b * e[i])));
+        });
+      }
+    });
+  });
+}
+
+// ---- a residual against regenerated noise: r = x + b y + s z;  rows (w, b, s). Writes scale w r to `out` where it is
+// given, else adds up w r^2 ----
+
+template <class V>
+bool residual_chunk(const Grid& g, Dtype dtype, const void* x_, const void* y_, double scale, void* out_, double* sum,
+                    int64_t chunk) {
+  return with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    using T = typename E::T;
+    const Range r = chunk_range(g, chunk);
+    auto* __restrict x = static_cast<const T*>(x_);
+    auto* __restrict y = static_cast<const T*>(y_);
+    auto* __restrict out = static_cast<T*>(out_);
+    alignas(64) A z[kChunk];
+    if (wants_noise<A>(g, r, 3, 2)) normals<V>(g, r, 0, z);
+    double total = 0;
+    const bool ok = for_runs<A>(g, r, 3, [&](int64_t e, int64_t length, int64_t offset, int64_t stride, const A* row) {
+      const A w = row[0], b = row[1], s = row[2];
+      A* __restrict d = z + (e - r.begin);
+      if (s == A(0)) std::memset(d, 0, static_cast<size_t>(length) * sizeof(A));
+      if (y) {
+        over(length, offset, stride, [=](int64_t m, int64_t i) { d[i] = madd(b, E::load(y[m]), madd(s, d[i], E::load(x[m]))); });
+      } else {
+        over(length, offset, stride, [=](int64_t m, int64_t i) { d[i] = madd(s, d[i], E::load(x[m])); });
+      }
+      if (out) {
+        const A factor = static_cast<A>(scale) * w;
+        over(length, offset, stride, [=](int64_t m, int64_t i) { out[m] = E::store(factor * d[i]); });
+        return;
+      }
+      double part[8] = {0};  // eight running sums, so that the compiler may use a vector of them
+      int64_t i = 0;
+      for (; i + 8 <= length; i += 8)
+        for (int j = 0; j < 8; ++j) part[j] += static_cast<double>(d[i + j]) * static_cast<double>(d[i + j]);
+      for (; i < length; ++i) part[0] += static_cast<double>(d[i]) * static_cast<double>(d[i]);
+      double run = 0;
+      for (double p : part) run += p;
+      total += static_cast<double>(w) * run;
+    });
+    if (sum) *sum = total;
+    return ok;
+  });
+}
+
+template <class V> Kernels kernels_of() {
+  return {random_chunk<V>, add_noise_chunk<V>, noise_pair_chunk<V>, step_chunk<V>, residual_chunk<V>};
+}
+
+}  // namespace
+}  // namespace dgf

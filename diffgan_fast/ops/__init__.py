@@ -1,0 +1,7 @@
+"""The fused ops. Raw ops (`torch.ops.diffgan_fast.*`) are private; these functions are the interface."""
+
+from diffgan_fast.ops.loss import denoising_loss, noise_mse
+from diffgan_fast.ops.noise import add_noise, noise_pair
+from diffgan_fast.ops.step import ddim_step, ddpm_step, posterior_step
+
+__all__ = ["add_noise", "ddim_step", "ddpm_step", "denoising_loss", "noise_mse", "noise_pair", "posterior_step"]

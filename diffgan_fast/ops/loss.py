@@ -1,0 +1,185 @@
+"""The noise-prediction loss, against noise that is made again from its key and never read from memory.
+
+    residual r = x + b_t y + s_t z;   loss = mean of w r^2;   gradient = 2 w r / numel
+
+x is the network's output; (b, s) = (0, -1) for eps, (-1, 0) for x0 and (sqrt(1 - abar), -sqrt(abar)) for v, with y = x0.
+Raw rows are (w, b, s).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from diffgan_fast.ops import support
+from diffgan_fast.ops.dispatch import Op
+from diffgan_fast.ops.random import standard_normal
+from diffgan_fast.schedule import Prediction, Schedule, check_prediction
+
+
+def _parts(x, y, rows, t, row, key, key_t, first):
+    w, b, s = support.defined_rows(rows, t, row, x)
+    z = standard_normal(x, key, key_t, first)
+    r = x.to(z.dtype) + s * z
+    return w, r if y is None else r + b * y.to(z.dtype)
+
+
+def _residual_reference(x, y, rows, t, row, scale, key, key_t, first):
+    w, r = _parts(x, y, rows, t, row, key, key_t, first)
+    return (scale * w * r).to(x.dtype)
+
+
+def _sum_reference(x, y, rows, t, row, key, key_t, first):
+    w, r = _parts(x, y, rows, t, row, key, key_t, first)
+    return (w.double() * r.double().square()).sum().to(rows.dtype)
+
+
+_ARGUMENTS = "Tensor x, Tensor? y, Tensor rows, Tensor? t, SymInt row, "
+_NOISE = "SymInt key, Tensor? key_t, SymInt first"
+_RESIDUAL = Op(
+    "loss",
+    "residual",
+    f"({_ARGUMENTS}Tensor scale, {_NOISE}) -> Tensor",
+    _residual_reference,
+    lambda x, *_: torch.empty_like(x),
+)
+_RESIDUAL_SUM = Op(
+    "loss",
+    "residual_sum",
+    f"({_ARGUMENTS}{_NOISE}) -> Tensor",
+    _sum_reference,
+    lambda x, y, rows, *_: rows.new_empty(()),
+)
+
+
+class _Residual(torch.autograd.Function):
+    """scale w r, linear in x and in scale: the backward with respect to x is plain torch."""
+
+    @staticmethod
+    def forward(x, y, high, rows, t, row, scale, *noise):
+        return support.call(_RESIDUAL.on(x.device.type), t, 0, high, x, y, rows, t, row, scale, *noise)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, _, rows, t, ctx.row, scale = inputs[:7]
+        ctx.save_for_backward(rows, t, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, t, scale = ctx.saved_tensors
+        w = support.pick_rows(rows, t, ctx.row, grad)[0]
+        return ((grad * w * scale).to(grad.dtype), *[None] * 9)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(x, y, high, rows, t, row, *noise):
+        total = support.call(_RESIDUAL_SUM.on(x.device.type), t, 0, high, x, y, rows, t, row, *noise)
+        return total / x.numel()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.high, rows, t, ctx.row, ctx.key, key_t, ctx.first = inputs
+        ctx.save_for_backward(x, y, rows, t, key_t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, rows, t, key_t = ctx.saved_tensors
+        scale = grad * (2 / max(x.numel(), 1))
+        head, noise = (x, y, ctx.high, rows, t, ctx.row), (ctx.key, key_t, ctx.first)
+        if not torch.is_grad_enabled():
+            out = _RESIDUAL.on(x.device.type)(x, y, rows, t, ctx.row, scale, *noise)
+        else:  # create_graph: the product with the incoming gradient stays in the graph
+            out = (_Residual.apply(*head, torch.ones_like(scale), *noise) * scale).to(x.dtype)
+        return (out, *[None] * 8)
+
+
+@functools.lru_cache(maxsize=16)
+def _unit_rows(b: float, s: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor([[1.0, b, s]], dtype=dtype, device=device)
+
+
+def _v_rows(schedule: Schedule) -> torch.Tensor:
+    abar = schedule.alphas_cumprod
+    return torch.stack((torch.ones_like(abar), (1 - abar).sqrt(), -abar.sqrt()), 1)
+
+
+def _loss(x, y, rows, steps, row, high, key, weight, first_sample):
+    if weight is not None:
+        if not isinstance(weight, torch.Tensor) or weight.shape != x.shape[:1] or weight.device != x.device:
+            got = list(weight.shape) if isinstance(weight, torch.Tensor) else repr(weight)
+            raise ValueError(f"weight must be a tensor [N] = [{x.shape[0]}] on {x.device}, got {got}")
+        if weight.requires_grad:
+            raise ValueError("weight must not require gradients: detach it")
+        if steps is not None and steps.dim() == 2:
+            raise ValueError("weight needs t of shape [N]: with a level a channel it would be ambiguous")
+        if steps is not None:
+            support.check_range(steps, 0, high)
+        picked = rows[row].expand(x.shape[0], 3) if steps is None else rows[steps]
+        rows = torch.cat((weight.to(rows.dtype)[:, None], picked[:, 1:]), 1)
+        steps, row = None, -1
+    first = support.first_element(first_sample, x)
+    key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
+    return _Loss.apply(x, y, high, rows, steps, row, key, key_t, first)
+
+
+def noise_mse(
+    eps_hat: torch.Tensor, key: int | torch.Tensor, *, weight: torch.Tensor | None = None, first_sample: int = 0
+) -> torch.Tensor:
+    """Mean of w (eps_hat - eps)^2, with eps the noise that `add_noise` used under the same key.
+
+    Source: Ho et al. 2020, Eq. 14.
+
+    Args:
+        eps_hat: [N, …], the network's output.
+        key, first_sample: those given to `add_noise`.
+        weight: [N] or None, a weight a sample (a constant for gradients).
+
+    Returns: a scalar, float32 (float64 for float64), summed in a fixed order.
+    Gradients: with respect to eps_hat, first and second order.
+    """
+    eps_hat = support.dense(eps_hat, "eps_hat")
+    wide = torch.float64 if eps_hat.dtype == torch.float64 else torch.float32
+    return _loss(eps_hat, None, _unit_rows(0.0, -1.0, wide, eps_hat.device), None, 0, 0, key, weight, first_sample)
+
+
+def denoising_loss(
+    out: torch.Tensor,
+    x0: torch.Tensor,
+    t: int | torch.Tensor,
+    schedule: Schedule,
+    key: int | torch.Tensor,
+    *,
+    prediction: Prediction = "eps",
+    weight: torch.Tensor | None = None,
+    first_sample: int = 0,
+) -> torch.Tensor:
+    """Mean of w (out - target)^2 for a network that predicts eps, x0 or v = sqrt(abar) eps - sqrt(1 - abar) x0.
+
+    Source: Ho et al. 2020, Eq. 14; v: Salimans and Ho 2022, Appendix D. `noise_mse` is the case "eps".
+
+    Args:
+        out: [N, …], the network's output at x_t = add_noise(x0, t, schedule, key).
+        x0: like out, the clean data (a constant for gradients).
+        t: as for `add_noise`.
+        weight, first_sample: as for `noise_mse`.
+
+    Returns: a scalar, float32 (float64 for float64).
+    Gradients: with respect to `out`, first and second order.
+    """
+    check_prediction(prediction)
+    out = support.dense(out, "out")
+    x0 = support.matching(out, x0, "x0", "out")
+    if x0.requires_grad:
+        raise ValueError("x0 must not require gradients: detach it")
+    row, steps = support.t_arguments(t, out, 0, schedule.T)
+    if prediction == "v":
+        rows = schedule.rows("loss v", out, _v_rows)
+        return _loss(out, x0, rows, steps, row, schedule.T, key, weight, first_sample)
+    if steps is not None:
+        support.check_range(steps, 0, schedule.T)
+    if prediction == "eps":
+        return noise_mse(out, key, weight=weight, first_sample=first_sample)
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+    return _loss(out, x0, _unit_rows(-1.0, 0.0, wide, out.device), None, 0, 0, key, weight, first_sample)
