@@ -20,7 +20,24 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}; got {prediction!r}")
 
 
-class Schedule:
+class RowCache:
+    """Coefficient rows in the type and on the device that an op wants them, each built once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Hashable, torch.Tensor] = {}
+
+    def rows(self, kind: Hashable, like: torch.Tensor, build: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """`build(self, *args)` -> float64, on like's device: in float64 for float64 data, else in float32."""
+        double = like.dtype == torch.float64
+        key = (kind, like.device, double)
+        value = self._rows.get(key)
+        if value is None:
+            value = build(self, *args).to(torch.float64 if double else torch.float32).contiguous().to(like.device)
+            self._rows[key] = value
+        return value
+
+
+class Schedule(RowCache):
     """A variance-preserving noise schedule of T steps. Immutable; make one with a class method below.
 
     Float64 CPU tensors [T + 1], indexed by t (Ho et al. 2020, §2 and Eqs. 6-7):
@@ -33,6 +50,7 @@ class Schedule:
     """
 
     def __init__(self, betas: torch.Tensor, timesteps: torch.Tensor | None = None):
+        super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.dim() != 1 or betas.numel() == 0:
             raise ValueError(f"betas must be [T] with T >= 1, got shape {list(betas.shape)}")
@@ -54,7 +72,6 @@ class Schedule:
         self.posterior_mean_coef1[1], self.posterior_mean_coef2[1], self.posterior_variance[1] = 1.0, 0.0, 0.0
         self.snr = self.alphas_cumprod / rest
         self.timesteps = torch.arange(self.T + 1) if timesteps is None else timesteps
-        self._rows: dict[Hashable, torch.Tensor] = {}
 
     @classmethod
     def from_betas(cls, betas) -> Schedule:
@@ -108,22 +125,7 @@ class Schedule:
 
     def on(self, device: torch.device) -> torch.Tensor:
         """alphas_cumprod in float64 on a device."""
-        return self._cached(("abar", device), lambda: self.alphas_cumprod.to(device))
-
-    def rows(self, kind: Hashable, like: torch.Tensor, build: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        """The coefficient rows of an op, `build(self, *args)` -> float64 [n, k], on like's device.
-
-        float64 for float64 data, else float32. Built once for each kind, device and type.
-        """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        key = (kind, like.device, dtype)
-        return self._cached(key, lambda: build(self, *args).to(dtype).contiguous().to(like.device))
-
-    def _cached(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        value = self._rows.get(key)
-        if value is None:
-            value = self._rows[key] = make()
-        return value
+        return self.rows("abar", torch.empty(0, dtype=torch.float64, device=device), lambda s: s.alphas_cumprod)
 
     def __repr__(self) -> str:
         return f"Schedule(T={self.T}, betas={self.betas[1]:.3g}..{self.betas[-1]:.3g}, abar_T={self.alphas_cumprod[-1]:.3g})"

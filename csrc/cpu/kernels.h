@@ -209,16 +209,23 @@ template <class V> void random_chunk(const Grid& g, Draw draw, Dtype dtype, uint
   with_dtype(dtype, [&](auto element) {
     using E = decltype(element);
     using A = typename E::A;
-    alignas(64) A z[kChunk];
-    if (draw == Draw::normal) {
-      normals<V>(g, r, stream, z);
-    } else if constexpr (sizeof(A) == 8) {
-      fill_range(g, r, stream, z, UniformsDouble{});
-    } else {
-      fill_range(g, r, stream, z, Uniforms<V>{});
-    }
     auto* o = static_cast<typename E::T*>(out) + r.begin;
-    for (int64_t i = 0; i < r.end - r.begin; ++i) o[i] = E::store(z[i]);
+    const auto make = [&](A* z) {
+      if (draw == Draw::normal) {
+        normals<V>(g, r, stream, z);
+      } else if constexpr (sizeof(A) == 8) {
+        fill_range(g, r, stream, z, UniformsDouble{});
+      } else {
+        fill_range(g, r, stream, z, Uniforms<V>{});
+      }
+    };
+    if constexpr (sizeof(A) == sizeof(typename E::T)) {
+      make(o);
+    } else {
+      alignas(64) A z[kChunk];
+      make(z);
+      for (int64_t i = 0; i < r.end - r.begin; ++i) o[i] = E::store(z[i]);
+    }
   });
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from diffgan_fast._native import LIBRARY
-from diffgan_fast.backend import resolve
+from diffgan_fast.backends import resolve
 
 
 class Op:

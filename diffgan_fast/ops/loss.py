@@ -8,14 +8,12 @@ Raw rows are (w, b, s).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from diffgan_fast.ops import support
 from diffgan_fast.ops.dispatch import Op
 from diffgan_fast.ops.random import standard_normal
-from diffgan_fast.schedule import Prediction, Schedule, check_prediction
+from diffgan_fast.schedule import Prediction, RowCache, Schedule, check_prediction
 
 
 def _parts(x, y, rows, t, row, key, key_t, first):
@@ -91,13 +89,22 @@ class _Loss(torch.autograd.Function):
         if not torch.is_grad_enabled():
             out = _RESIDUAL.on(x.device.type)(x, y, rows, t, ctx.row, scale, *noise)
         else:  # create_graph: the product with the incoming gradient stays in the graph
-            out = (_Residual.apply(*head, torch.ones_like(scale), *noise) * scale).to(x.dtype)
+            out = (_residual(*head, torch.ones_like(scale), *noise) * scale).to(x.dtype)
         return (out, *[None] * 8)
 
 
-@functools.lru_cache(maxsize=16)
-def _unit_rows(b: float, s: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor([[1.0, b, s]], dtype=dtype, device=device)
+_residual = support.differentiable(_Residual)
+_mean_square = support.differentiable(_Loss)
+
+_CONSTANT = RowCache()  # rows that no schedule enters
+
+
+def _eps_rows(_) -> torch.Tensor:
+    return torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+
+
+def _x0_rows(_) -> torch.Tensor:
+    return torch.tensor([[1.0, -1.0, 0.0]], dtype=torch.float64)
 
 
 def _v_rows(schedule: Schedule) -> torch.Tensor:
@@ -121,7 +128,8 @@ def _loss(x, y, rows, steps, row, high, key, weight, first_sample):
         steps, row = None, -1
     first = support.first_element(first_sample, x)
     key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
-    return _Loss.apply(x, y, high, rows, steps, row, key, key_t, first)
+    args = (x, y, high, rows, steps, row, key, key_t, first)
+    return _mean_square(*args) if support.needs_autograd(x) else _Loss.forward(*args)
 
 
 def noise_mse(
@@ -140,8 +148,7 @@ def noise_mse(
     Gradients: with respect to eps_hat, first and second order.
     """
     eps_hat = support.dense(eps_hat, "eps_hat")
-    wide = torch.float64 if eps_hat.dtype == torch.float64 else torch.float32
-    return _loss(eps_hat, None, _unit_rows(0.0, -1.0, wide, eps_hat.device), None, 0, 0, key, weight, first_sample)
+    return _loss(eps_hat, None, _CONSTANT.rows("eps", eps_hat, _eps_rows), None, 0, 0, key, weight, first_sample)
 
 
 def denoising_loss(
@@ -181,5 +188,4 @@ def denoising_loss(
         support.check_range(steps, 0, schedule.T)
     if prediction == "eps":
         return noise_mse(out, key, weight=weight, first_sample=first_sample)
-    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    return _loss(out, x0, _unit_rows(-1.0, 0.0, wide, out.device), None, 0, 0, key, weight, first_sample)
+    return _loss(out, x0, _CONSTANT.rows("x0", out, _x0_rows), None, 0, 0, key, weight, first_sample)

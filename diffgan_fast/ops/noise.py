@@ -79,7 +79,7 @@ class _AddNoise(torch.autograd.Function):
         return (None if grad is None else _scaled(grad, rows, t, ctx.row, 0), *[None] * 9)
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def tangent(ctx, tangent, *_):
         rows, t = ctx.saved_tensors
         return _scaled(tangent, rows, t, ctx.row, 0), None
 
@@ -104,10 +104,14 @@ class _NoisePair(torch.autograd.Function):
         return (_scaled(previous + _scaled(current, rows, t, ctx.row, 2), rows, t, ctx.row, 0), *[None] * 7)
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def tangent(ctx, tangent, *_):
         rows, t = ctx.saved_tensors
         previous = _scaled(tangent, rows, t, ctx.row, 0)
         return previous, _scaled(previous, rows, t, ctx.row, 2)
+
+
+_add_noise = support.differentiable(_AddNoise)
+_noise_pair = support.differentiable(_NoisePair)
 
 
 def _scaled(x: torch.Tensor, rows: torch.Tensor, t: torch.Tensor | None, row: int, column: int) -> torch.Tensor:
@@ -171,7 +175,7 @@ def add_noise(
     key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)
     args = (rows, steps, row, sigma, key, key_t, first, return_noise)
     if support.needs_autograd(x0):
-        out, eps = _AddNoise.apply(x0, (0, schedule.T), *args)
+        out, eps = _add_noise(x0, (0, schedule.T), *args)
     else:
         out, eps = support.call(_ADD_NOISE.on(x0.device.type), steps, 0, schedule.T, x0, *args)
     return (out, eps) if return_noise else out
@@ -201,5 +205,5 @@ def noise_pair(
     key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)
     args = (schedule.rows("pair", x0, _pair_rows), steps, row, key, key_t, first)
     if support.needs_autograd(x0):
-        return _NoisePair.apply(x0, (1, schedule.T), *args)
+        return _noise_pair(x0, (1, schedule.T), *args)
     return support.call(_NOISE_PAIR.on(x0.device.type), steps, 1, schedule.T, x0, *args)

@@ -97,12 +97,15 @@ class _Step(torch.autograd.Function):
         return (*grads, *[None] * 10)
 
     @staticmethod
-    def jvp(ctx, x_t, e_t, uncond_t, grad_t, *_):
+    def tangent(ctx, x_t, e_t, uncond_t, grad_t, *_):
         by_x, by_e, guide = _Step._partials(ctx)
         scale = ctx.guidance if ctx.uncond else 1.0
         parts = [(x_t, by_x), (e_t, by_e * scale), (uncond_t, by_e * (1 - ctx.guidance)), (grad_t, by_e * guide)]
         out = sum(tangent * factor for tangent, factor in parts if tangent is not None)
         return out.to(next(tangent.dtype for tangent, _ in parts if tangent is not None))
+
+
+_step = support.differentiable(_Step)
 
 
 def _step_rows(abar, c0, cx, s, prediction: Prediction) -> torch.Tensor:
@@ -146,7 +149,7 @@ def _run(x, e, eps_uncond, logit_grad, rows, steps, row, high, guidance_scale, l
     tensors = (x, e, eps_uncond, logit_grad)
     rest = (rows, steps, row, guidance_scale, logit_scale, clip, key, key_t, first)
     if support.needs_autograd(*tensors):
-        return _Step.apply(*tensors, high, *rest)
+        return _step(*tensors, high, *rest)
     return support.call(_STEP.on(x.device.type), steps, 1, high, *tensors, *rest)
 
 

@@ -53,8 +53,10 @@ def _checked(name: str) -> str:
 _current = _checked(os.environ.get("DIFFGAN_FAST_BACKEND", "auto"))
 
 
-@functools.cache
-def _auto(device_type: str) -> str:
+_AUTO: dict[str, str] = {}  # what "auto" means for a device type, found once
+
+
+def _fastest(device_type: str) -> str:
     if device_type == "cuda":
         return next((name for name in ("cuda", "triton") if unavailable(name) is None), "reference")
     if device_type == "cpu":
@@ -70,7 +72,10 @@ _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}
 def resolve(device_type: str) -> str:
     """The back end that runs an op on tensors of this device type ("cpu", "cuda", …), under the current setting."""
     if _current == "auto":
-        return _auto(device_type)
+        name = _AUTO.get(device_type)
+        if name is None:
+            name = _AUTO[device_type] = _fastest(device_type)
+        return name
     if _current != "reference" and device_type not in _DEVICES[_current]:
         raise BackendError(f"back end {_current!r} does not run on {device_type} tensors")
     return _current

@@ -1,0 +1,57 @@
+"""What every test shares. Triton runs in its interpreter where there is no GPU, so it must be told before it is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+import diffgan_fast as dgf  # noqa: E402
+from diffgan_fast import backends  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` skip, visibly, where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def backend(request):
+    """Every back end in turn: the test runs on `backend.device`, and skips with the reason where there is none."""
+    name = request.param
+    if reason := backends.unavailable(name):
+        pytest.skip(f"{name}: {reason}")
+    device = "cuda" if name == "cuda" or (name == "triton" and torch.cuda.is_available()) else "cpu"
+    with dgf.backend(name):
+        yield Backend(name, torch.device(device))
+
+
+class Backend:
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.device = name, device
+        self.dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if name != "triton":
+            self.dtypes += (torch.float64,)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder with the real MNIST and CIFAR-10 files, if the machine has it."""
+    for folder in (os.environ.get("DIFFGAN_FAST_DATA"), Path(__file__).parents[2] / "shared" / "data"):
+        if folder and (Path(folder) / "mnist").is_dir():
+            return Path(folder)
+    pytest.skip("no real data: set DIFFGAN_FAST_DATA to a folder with mnist/")

@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+
+from diffgan_fast.data import FloatData, ImageData, load
+from diffgan_fast.metrics import DomainClassifier, available, evaluate, fid, inception_score, kid, label
+
+TRAIN, TEST = load("digits"), load("digits", split="test")
+REAL = TEST.batch(slice(None))
+
+
+def pixels(images):
+    """The simplest extractor: every pixel is a feature."""
+    return images.flatten(1)
+
+
+def noisy(sigma):
+    return (REAL + sigma * torch.randn(REAL.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+
+
+def test_values_are_those_of_the_functions_on_the_same_features():
+    samples = noisy(0.3)
+    net = DomainClassifier.for_data(TRAIN)
+    (rf, _), (ff, fz) = net(TRAIN.batch(slice(None))), net(samples)
+    result = evaluate(samples, TRAIN, held_out=TEST)
+    assert result["fid"] == pytest.approx(fid(rf, ff), rel=1e-4)
+    assert result["kid"] == pytest.approx(kid(rf, ff), rel=1e-4)
+    assert result["is"] == pytest.approx(inception_score(fz)[0], rel=1e-4)
+    top = fz.softmax(1).max(1)
+    assert result["mean_top_probability"] == pytest.approx(top.values.mean().item(), rel=1e-4)
+    shares = torch.bincount(top.indices, minlength=10) / len(samples)
+    assert result["smallest_class_share"] == pytest.approx(shares.min().item())
+
+
+def test_real_images_score_their_floor_and_are_recognisable():
+    result = evaluate(REAL, TRAIN, held_out=TEST)
+    for metric, floor in (("fid", "fid_floor"), ("kid", "kid_floor"), ("is", "is_real")):
+        assert result[metric] == pytest.approx(result[floor], rel=1e-4)
+    assert (result["n"], result["floor_n"], result["comparable"]) == (360, 360, False)
+    assert result["mean_top_probability"] >= 0.9 and result["smallest_class_share"] >= 0.03
+    assert result["is"] > 8
+
+
+def test_scores_get_worse_with_noise_and_with_missing_classes():
+    by_noise = [evaluate(noisy(s), TRAIN, held_out=TEST) for s in (0.0, 0.2, 0.5, 1.0)]
+    for worse, better in zip(by_noise[1:], by_noise, strict=False):
+        assert worse["fid"] > better["fid"] and worse["kid"] > better["kid"]
+    assert by_noise[1]["fid"] > by_noise[1]["fid_floor"]
+    half = evaluate(REAL[TEST.labels < 5], TRAIN)
+    assert half["fid"] > 3 * half["fid_floor"] and half["smallest_class_share"] < 0.03 and half["is"] < 6
+
+
+def test_floor_without_held_out_data_is_half_against_half():
+    result = evaluate(REAL, TRAIN, metrics=["fid"])
+    assert result["floor_n"] == 360 and 0 < result["fid_floor"] < evaluate(noisy(0.2), TRAIN)["fid"]
+    assert "kid" not in result and "is_real" not in result
+    assert evaluate(REAL, TRAIN.subset(100), metrics=["fid"], extractor=pixels)["floor_n"] == 50
+
+
+def test_extractors_of_ones_own():
+    unlabelled = ImageData(TRAIN.images)
+    result = evaluate(REAL, unlabelled, metrics=["fid", "kid"], extractor=pixels)
+    stored = (TRAIN.batch(slice(None)).flatten(1), REAL.flatten(1))
+    assert result["fid"] == pytest.approx(fid(*stored), rel=1e-9)
+    assert result["extractor"] == {"name": "pixels", "hash": None, "comparable": False}
+    assert result["labels"] == {"fid": "FID (pixels)", "kid": "KID (pixels)"}
+    assert "mean_top_probability" not in result
+    floats = FloatData(TRAIN.batch(slice(None)))
+    assert evaluate(REAL, floats, metrics=["fid"], extractor=pixels)["fid"] == pytest.approx(result["fid"])
+
+
+def test_every_extractor_gets_uint8_values_only():
+    def check(images):
+        steps = (images + 1) * 127.5
+        assert (steps - steps.round()).abs().max() < 1e-4
+        return images.flatten(1)
+
+    evaluate(noisy(0.3), TRAIN, metrics=["fid"], extractor=check)
+
+
+def test_reference_is_capped():
+    seen = []
+    evaluate(
+        REAL,
+        TRAIN,
+        metrics=["fid"],
+        extractor=lambda x: (seen.append(len(x)), pixels(x))[1],
+        max_reference=700,
+    )
+    assert sum(seen) == 360 + 700
+
+
+def test_labels_never_call_a_domain_score_plain():
+    net = DomainClassifier.for_data(TRAIN)
+    result = evaluate(REAL, TRAIN, held_out=TEST)
+    assert result["labels"] == {"fid": "FID (domain)", "kid": "KID (domain)", "is": "IS (domain)"}
+    assert result["extractor"] == {"name": "domain", "hash": net.hash, "comparable": False}
+    assert label("fid", net) == label("fid", result["extractor"]) == "FID (domain)"
+
+    class Inception:
+        name, comparable = "inception", True
+
+    assert label("fid", Inception()) == "FID"
+    assert set(available()) == {"fid", "kid", "is"}
+
+
+def test_mnist_noise_order(real_data):
+    data = load("mnist", root=real_data, split="test", subset=600)
+    samples = data.batch(slice(0, 300))
+    scores = [
+        evaluate(
+            (samples + s * torch.randn_like(samples)).clamp(-1, 1), data, metrics=["fid"], extractor=pixels
+        )["fid"]
+        for s in (0.0, 0.5, 1.0)
+    ]
+    assert np.all(np.diff(scores) > 0)
+
+
+@pytest.mark.parametrize(
+    "samples, data, kw, message",
+    [
+        (REAL, TRAIN, {"metrics": ["fidelity"]}, "metrics must be among fid, kid, is, not 'fidelity'"),
+        (REAL[:, :, 1:], TRAIN, {}, r"samples must be \[n >= 2, 1, 8, 8\] .* not \[360, 1, 7, 8\]"),
+        (REAL[:1], TRAIN, {}, "n >= 2"),
+        (TEST.images, TRAIN, {}, "samples must be floats"),
+        (REAL * torch.nan, TRAIN, {}, "samples must be finite"),
+        (REAL, ImageData(TRAIN.images), {}, "no labels"),
+        (REAL, TRAIN, {"extractor": 3}, "extractor must be a callable"),
+        (REAL, TRAIN, {"extractor": pixels}, "'is'. need an extractor"),
+        (REAL, TRAIN, {"extractor": lambda x: x}, r"extractor must give features \[360, d\]"),
+        (REAL, FloatData(torch.zeros(3, 2)), {}, "not points"),
+    ],
+)
+def test_what_does_not_fit_is_named(samples, data, kw, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(samples, data, **kw)
