@@ -42,7 +42,7 @@ class Ninja:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.text = ["ninja_required_version = 1.5"]
+        self.text = ["ninja_required_version = 1.5", f"builddir = {folder}"]
         self.outputs: list[Path] = []
 
     def rule(self, name: str, command: str, depfile: bool = False) -> None:

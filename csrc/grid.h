@@ -1,5 +1,5 @@
-// The words in which the ops and their kernels talk about a tensor: its element type, and how its elements are numbered,
-// draw noise and find their coefficients. No torch here, for kernels compiled for one instruction set or by nvcc.
+// The words in which ops and their kernels talk about a tensor: its element type, and how its elements are numbered,
+// draw noise and find their coefficients. No torch here, for kernels compiled for one instruction set.
 #pragma once
 #include <cstdint>
 
@@ -8,9 +8,9 @@ namespace dgf {
 enum class Dtype { f32, f64, f16, bf16 };
 enum class Draw { bits, uniform, normal, integers };
 
-// Elements are numbered by their place in the contiguous [N, C, ...] tensor, whatever the memory format. Element e draws
-// noise number first + e, and takes its coefficients from a row of `rows` [n_rows, columns]: row t[e / inner] where t is
-// given, else `row`, or row e / inner where row is -1.
+// Elements are numbered by their place in the contiguous [N, C, ...] tensor, whatever the memory format. Element e
+// draws noise number first + e, and takes its coefficients from a row of `rows` [n_rows, columns]: row t[e / inner]
+// where t is given, else `row`, or row e / inner where row is -1.
 struct Grid {
   int64_t n = 0;       // elements
   int64_t sample = 1;  // elements of one sample

@@ -26,7 +26,9 @@ inline Dtype dtype_of(const Tensor& x) {
 }
 
 // The type of coefficients: that of the arithmetic.
-inline ScalarType wide_type(const Tensor& x) { return dtype_of(x) == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType wide_type(const Tensor& x) {
+  return dtype_of(x) == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+}
 
 inline bool same_device(const Tensor& x, const Tensor& y) { return x.device() == y.device(); }
 

@@ -1,7 +1,30 @@
 """diffgan_fast: a fast engine for hybrids of diffusion models and GANs."""
 
-from diffgan_fast import ops, random
+from diffgan_fast import data, methods, metrics, nets, ops, random
+from diffgan_fast.api import compare, train
 from diffgan_fast.backends import BackendError, backend, info
+from diffgan_fast.data import datasets
+from diffgan_fast.engine import TrainingError
+from diffgan_fast.run import Run, load
+from diffgan_fast.sampling import sample
 from diffgan_fast.schedule import Schedule
 
-__all__ = ["BackendError", "Schedule", "backend", "info", "ops", "random"]
+__all__ = [
+    "BackendError",
+    "Run",
+    "Schedule",
+    "TrainingError",
+    "backend",
+    "compare",
+    "data",
+    "datasets",
+    "info",
+    "load",
+    "methods",
+    "metrics",
+    "nets",
+    "ops",
+    "random",
+    "sample",
+    "train",
+]

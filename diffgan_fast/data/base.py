@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,12 +124,16 @@ class Data:
             raise ValueError(f"subset must be 1..{len(self)} samples of data {self.name!r}, not {n}")
         index = np.random.Generator(np.random.PCG64(seed)).permutation(len(self))[:n]
         labels = None if self.labels is None else _select(self.labels, index)
-        return type(self)(_select(self.values, index), labels, self.classes, self.name)
+        return self._with(_select(self.values, index), labels)
 
     def to(self, device) -> "Data":
         """The same data on another device."""
         labels = None if self.labels is None else self.labels.to(device)
-        return type(self)(self.values.to(device), labels, self.classes, self.name)
+        return self._with(self.values.to(device), labels)
+
+    def _with(self, values: Tensor, labels: Tensor | None) -> "Data":
+        kind: Any = type(self)
+        return kind(values, labels, self.classes, self.name)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +162,7 @@ class ImageData(Data):
         super().__post_init__()
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         return self.images
 
     def batch(self, index) -> Tensor:

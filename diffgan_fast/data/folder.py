@@ -79,7 +79,8 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
     names = names or files.names
     if not names:
         raise ValueError(f"data {str(path)!r} holds no image; known are {', '.join(sorted(EXTENSIONS))}")
-    modes, sizes = set(), {}
+    modes: set[str] = set()
+    sizes: dict[tuple[int, int], str] = {}  # size -> the first file that has it
     for name in names:
         with files.open(name) as image:  # reads the header only
             if image.mode in _DEEP:

@@ -101,8 +101,8 @@ def _members(path: Path, wanted: set[str]) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in path.iterdir() if file.name in wanted}
     try:
         with tarfile.open(path) as tar:
-            members = [m for m in tar if m.isfile() and Path(m.name).name in wanted]
-            return {Path(m.name).name: tar.extractfile(m).read() for m in members}
+            files = [(Path(m.name).name, tar.extractfile(m)) for m in tar if Path(m.name).name in wanted]
+            return {name: file.read() for name, file in files if file is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: broken or truncated archive ({error})") from error
 

@@ -1,5 +1,7 @@
 """Distances between sets of feature vectors, and the Inception score. All arithmetic is float64."""
 
+from typing import overload
+
 import numpy as np
 from scipy import linalg, special
 
@@ -111,7 +113,11 @@ def _mmd2(x: np.ndarray, y: np.ndarray) -> float:
     return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
 
 
-def kid(real, fake, *, subsets=None, subset_size=1000, seed=0) -> float | tuple[float, float]:
+@overload
+def kid(real, fake, *, subsets: None = None, subset_size: int = 1000, seed: int = 0) -> float: ...
+@overload
+def kid(real, fake, *, subsets: int, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]: ...
+def kid(real, fake, *, subsets=None, subset_size=1000, seed=0):
     """Kernel distance: unbiased squared MMD with the kernel (x·y/d + 1)³.
 
     Its mean over samples is 0 for equal distributions, so a single value may be negative. With ``subsets`` it

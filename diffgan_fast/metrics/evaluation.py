@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,7 +182,7 @@ def evaluate(
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
     pair = _real_pair(data, held_out, real, len(samples), extractor)
     about = _describe(extractor)
-    result = {"n": len(samples), "floor_n": len(pair[1].features)}
+    result: dict[str, Any] = {"n": len(samples), "floor_n": len(pair[1].features)}
     for name in metrics:
         metric = _METRICS[name]
         result[name] = metric.score(real, fake)

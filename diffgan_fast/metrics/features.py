@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from hashlib import blake2b
 from math import ceil, log2
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..data.registry import cache_dir
 
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_classifier.safetensors")
 RECIPE = 1  # part of the cache's file names: raise it when the network or its training changes
-IMAGES_SEEN, BATCH, SEED = 80_000, 128, 0
+IMAGES_SEEN, BATCH, SEED = 60_000, 128, 0
 
 
 def quantise(x: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class DomainClassifier(nn.Module):
     name = "domain"
     comparable = False
 
-    def __init__(self, shape: tuple[int, int, int], classes: int):
+    def __init__(self, shape: tuple[int, ...], classes: int):
         super().__init__()
         if len(shape) != 3 or min(shape[1:]) < 8:
             raise ValueError(f"shape must be (C, H, W) with H and W at least 8, not {tuple(shape)}")
@@ -171,11 +170,12 @@ class DomainClassifier(nn.Module):
         content = save({k: v.cpu() for k, v in self.state_dict().items()}, {"classifier": json.dumps(about)})
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DomainClassifier":

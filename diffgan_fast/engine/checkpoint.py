@@ -1,0 +1,97 @@
+"""Checkpoints: safetensors and JSON, written so that a crash leaves the old one whole. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffgan_fast.engine.state import State
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
+    """Writes checkpoints/step-N below a run folder and removes all but the newest `keep`."""
+    root = folder / "checkpoints"
+    final, part = root / f"step-{state.step}", root / f".step-{state.step}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    weights, moments = _tensors(state)
+    for name, tensors in (("model", weights), ("optim", moments)):
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
+    facts = {"step": state.step, "updates": state.updates, **extra}
+    write_text(part / "state.json", json.dumps(facts, indent=1) + "\n")
+    for file in part.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(root / f"step-{old}")
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted(int(p.name.removeprefix("step-")) for p in found if (p / "state.json").exists())
+
+
+def load(folder: Path, state: State) -> dict[str, Any]:
+    """Brings a state to the newest checkpoint of a run folder. Returns what `save` was given as `extra`, and the step."""
+    found = steps(folder)
+    if not found:
+        raise ValueError(f"{folder} has no checkpoint")
+    path = folder / "checkpoints" / f"step-{found[-1]}"
+    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optim.safetensors")
+    for kind, modules in (("net", state.nets), ("ema", state.ema)):
+        for name, module in modules.items():
+            prefix = f"{kind}.{name}."
+            mine = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            try:
+                module.load_state_dict(mine)
+            except RuntimeError as error:
+                raise ValueError(f"{path} does not fit network {name!r}: {error}") from error
+    for name, optimizer in state.optimizers.items():
+        stored: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            owner, index, field = key.split("/")
+            if owner == name:
+                stored.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": stored})
+    facts = json.loads((path / "state.json").read_text())
+    state.step = facts["step"]
+    state.updates.update(facts["updates"])
+    return facts
+
+
+def _tensors(state: State) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    weights = {}
+    for kind, modules in (("net", state.nets), ("ema", state.ema)):
+        for name, module in modules.items():
+            weights |= {f"{kind}.{name}.{k}": v for k, v in module.state_dict().items()}
+    moments = {}
+    for name, optimizer in state.optimizers.items():
+        for index, values in optimizer.state_dict()["state"].items():
+            moments |= {f"{name}/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
+    # a tensor shared by two names is stored under both: safetensors refuses aliases
+    seen: set[int] = set()
+    for key, value in weights.items():
+        if value.data_ptr() in seen:
+            weights[key] = value.clone()
+        seen.add(value.data_ptr())
+    return weights, moments

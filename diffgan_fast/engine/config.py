@@ -1,0 +1,92 @@
+"""Settings of a training: dataclasses whose fields know their help, unit and range.
+
+A method's config is a dataclass that inherits `TrainConfig`. Every field is a keyword of `dgf.train`, a flag of the
+command line and an entry of config.json, under one name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+def option(default: Any, help: str, *, unit: str = "", low: float | None = None, high: float | None = None) -> Any:
+    """A config field with its help line, its unit, and its least and greatest value."""
+    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high})
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What every method has."""
+
+    steps: int = option(2000, "training steps", low=0)
+    batch_size: int = option(128, "images a step", low=1)
+    lr: float = option(2e-4, "learning rate of the generating network", low=0)
+    lr_schedule: Literal["constant", "cosine", "exponential"] = option(
+        "constant", "learning rate over the run: cosine to 0, or exponential to a tenth"
+    )
+    warmup: int = option(0, "steps over which the learning rate rises from 0", unit="steps", low=0)
+    clip_grad: float = option(0.0, "largest norm of the generating network's gradient (0: no limit)", low=0)
+    ema: float = option(0.999, "decay of the averaged weights that sampling uses (0: none)", low=0, high=1)
+    flip: bool = option(False, "mirror half of the training images")
+    channels_last: bool = option(True, "keep images and convolutions in channels_last memory format")
+    log_every: int = option(50, "steps between rows of metrics.jsonl", unit="steps", low=1)
+    sample_every: int = option(500, "steps between sample grids (0: only at the end)", unit="steps", low=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints (0: only at the end)", unit="steps", low=0)
+    keep: int = option(2, "checkpoints kept", low=1)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _checked(f, hints[f.name], getattr(self, f.name)))
+
+    @classmethod
+    def make(cls, preset: str | None = None, **options: Any):
+        """A config from a named preset and options that override it. ValueError for names there are none of."""
+        if preset is not None and preset not in cls.PRESETS:
+            known = ", ".join(cls.PRESETS) or "none for this method"
+            raise ValueError(f"preset must be one of: {known}; got {preset!r}")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown option {name!r}{hint} (there are: {', '.join(names)})")
+        return cls(**{**cls.PRESETS.get(preset or "", {}), **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """The value as the field's type, or a ValueError that names the field and what it may be."""
+    meta = f.metadata
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        hint = next(a for a in args if a is not type(None))
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{f.name} must be one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not all(isinstance(v, args[0]) for v in value):
+            raise ValueError(f"{f.name} must be a sequence of {args[0].__name__}, got {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{f.name} must be {hint.__name__}, got {value!r}")
+    low, high = meta.get("low"), meta.get("high")
+    if (low is not None and value < low) or (high is not None and value > high) or value != value:
+        bounds = f"{low}..{high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{f.name} must be {bounds}, got {value!r}")
+    return value

@@ -1,0 +1,108 @@
+"""The training loop that all methods share."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffgan_fast import random
+from diffgan_fast.engine import checkpoint
+from diffgan_fast.engine.feed import Feed
+from diffgan_fast.engine.method import Method
+from diffgan_fast.engine.state import State
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss is not finite."""
+
+
+class Loop:
+    """Runs a method's steps from `state.step` to `config.steps`.
+
+    Everything random in step s is a function of (seed, s): no generator state is kept, and a run that was stopped goes on
+    bit for bit. Losses stay on the device until a row is logged.
+
+    Args:
+        on_log: called with each row that was written.
+        on_sample: called at every `sample_every`-th step.
+    """
+
+    def __init__(self, method: Method, state: State, feed: Feed, folder: Path, seed: int, *, progress: bool = True,
+                 on_log: Callable[[dict], None] = lambda row: None,
+                 on_sample: Callable[[int], None] = lambda step: None):  # fmt: skip
+        self.method, self.state, self.feed, self.folder = method, state, feed, folder
+        self.config, self.progress = method.config, progress
+        self.on_log, self.on_sample = on_log, on_sample
+        self.seed_key = random.key(seed)
+        self.seconds = 0.0
+        self._pending: list[dict[str, torch.Tensor]] = []
+        self._since = 0.0
+
+    def run(self) -> None:
+        """Trains to the end. KeyboardInterrupt saves a checkpoint and is raised again."""
+        c, state = self.config, self.state
+        for net in state.nets.values():
+            net.train()
+        bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
+        self._since = time.perf_counter()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
+            try:
+                while state.step < c.steps:
+                    self._step(bar)
+            except KeyboardInterrupt:
+                self.save()
+                raise
+        if state.step not in checkpoint.steps(self.folder):
+            self.save()
+
+    def _step(self, bar: tqdm) -> None:
+        c, state = self.config, self.state
+        key = random.fold_in(self.seed_key, "step", state.step)
+        torch.manual_seed(random.fold_in(key, "torch"))  # dropout and the like
+        losses = self.method.step(state, self.feed.batch(state.step), key)
+        self._pending.append({k: v.detach() for k, v in losses.items()})
+        state.step += 1
+        bar.update()
+        last = state.step == c.steps
+        if last or state.step % c.log_every == 0:
+            bar.set_postfix_str(self._log())
+        if c.sample_every and state.step % c.sample_every == 0 and not last:
+            self.on_sample(state.step)
+        if c.checkpoint_every and state.step % c.checkpoint_every == 0 and not last:
+            self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step, once the losses so far are known to be finite."""
+        if self._pending:
+            self._log()
+        checkpoint.save(self.folder, self.state, {"seconds": self.seconds}, self.config.keep)
+
+    def _log(self) -> str:
+        """Brings the losses since the last row to the host, checks them, and writes their means as one row."""
+        names = {k for losses in self._pending for k in losses}
+        first = self.state.step - len(self._pending) + 1
+        row: dict[str, float] = {}
+        for name in sorted(names):
+            at = [i for i, losses in enumerate(self._pending) if name in losses]
+            values = torch.stack([self._pending[i][name].float() for i in at]).tolist()
+            bad = next((i for i, v in zip(at, values, strict=True) if not math.isfinite(v)), None)
+            if bad is not None:
+                kept = checkpoint.steps(self.folder)
+                where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
+                raise TrainingError(f"{name} is not finite at step {first + bad}; last good checkpoint: {where}")
+            row[name] = sum(values) / len(values)
+        self._pending.clear()
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        images = self.state.step * self.config.batch_size
+        row = {"step": self.state.step, "images_seen": images, "seconds": round(self.seconds, 3), **row}
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        self.on_log(row)
+        return " ".join(f"{k}={row[k]:.3g}" for k in sorted(names))

@@ -1,0 +1,63 @@
+"""What a training method is: its settings, its networks, one step, and how to sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from diffgan_fast.engine.config import TrainConfig
+from diffgan_fast.engine.state import State
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data on the device: x [N, …] (images in [-1, 1]), labels [N] or None, number of its first sample."""
+
+    x: torch.Tensor
+    labels: torch.Tensor | None = None
+    first_sample: int = 0
+
+
+class Method(ABC):
+    """One training method. A subclass is one file that reads like the algorithm box of its paper.
+
+    Attributes: `name` and `help` (for lists and the command line), `Config` (its settings), `fine_tunes` (whether it starts
+    from a trained `ddpm`).
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    Config: ClassVar[type[TrainConfig]]
+    fine_tunes: ClassVar[bool] = False
+
+    def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
+        self.config, self.shape, self.num_classes = config, shape, num_classes
+
+    @abstractmethod
+    def networks(self, given: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """All networks by name, on the CPU; those in `given` (the user's, or a base run's) are taken as they are."""
+
+    @abstractmethod
+    def optimizers(self, nets: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+        """The optimiser of each network that trains."""
+
+    @abstractmethod
+    def step(self, state: State, batch: Batch, key: int) -> dict[str, torch.Tensor]:
+        """One training step. Returns the scalars to log, on the device."""
+
+    @abstractmethod
+    def sample(self, state: State, n: int, key: int, *, first: int = 0, ema: bool = True) -> torch.Tensor:
+        """Samples first … first + n of the endless sequence that `key` names: [n, …], images in [-1, 1]."""
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of the networks that sampling uses, whose weights are averaged."""
+        return ("denoiser",)
+
+    def diagnose(self, state: State, batch: Batch, key: int) -> dict[str, list]:
+        """Curves that a report shows, computed at the end of a run. None by default."""
+        return {}

@@ -1,0 +1,99 @@
+"""What training changes: networks, optimisers, averaged weights and the step count. And how one of them is updated."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from diffgan_fast.engine.config import TrainConfig
+
+
+def make_adam(module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Adam over the trainable parameters, in torch's fused form: one pass over the weights a step."""
+    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=lr, betas=betas, fused=True)
+
+
+class State:
+    """Networks by name, an optimiser for each one that trains, and EMA copies of those that sample.
+
+    Args:
+        nets: the networks, on their device.
+        optimizers: for each name that trains, its optimiser. The first group's lr is the base learning rate.
+        averaged: names of the networks whose weights are averaged.
+        config: decay, clipping and the learning-rate schedule.
+    """
+
+    def __init__(self, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], averaged: tuple[str, ...],
+                 config: TrainConfig):  # fmt: skip
+        self.nets, self.optimizers, self.config = nets, optimizers, config
+        self.step = 0
+        self._base_lr = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
+        self._updates = dict.fromkeys(optimizers, 0)
+        self.ema = {name: copy.deepcopy(nets[name]).eval().requires_grad_(False) for name in averaged if config.ema > 0}
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.nets[name]
+
+    @property
+    def updates(self) -> dict[str, int]:
+        """How often each network was updated."""
+        return self._updates
+
+    def update(self, name: str, loss: torch.Tensor) -> None:
+        """One optimiser step of network `name` on a loss. Only this network's gradients are touched and kept."""
+        optimizer, net = self.optimizers[name], self.nets[name]
+        parameters = optimizer.param_groups[0]["params"]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = g
+        if name in self.generating and self.config.clip_grad:
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad, foreach=True)
+        lr = self._base_lr[name] * self.lr_factor()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._updates[name] += 1
+        if name in self.ema:
+            self._average(net, self.ema[name], self._updates[name])
+
+    @property
+    def generating(self) -> tuple[str, ...]:
+        """The networks that samples come from: all but critics."""
+        return tuple(n for n in self.nets if n != "critic")
+
+    def lr_factor(self) -> float:
+        """What the base learning rates are multiplied by at this step."""
+        c, progress = self.config, self.step / max(self.config.steps, 1)
+        factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))), "exponential": 0.1**progress}
+        return factor[c.lr_schedule] * (min(1.0, (self.step + 1) / c.warmup) if c.warmup else 1.0)
+
+    @torch.no_grad()
+    def _average(self, net: nn.Module, ema: nn.Module, updates: int) -> None:
+        # the usual warm-up: the average of few steps is not dominated by the initial weights
+        decay = min(self.config.ema, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def sampling_net(self, name: str, ema: bool = True) -> nn.Module:
+        """The network to sample from: the averaged copy if there is one and it is wanted."""
+        return self.ema[name] if ema and name in self.ema else self.nets[name]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode; each submodule's mode comes back afterwards."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

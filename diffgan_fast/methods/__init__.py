@@ -1,0 +1,31 @@
+"""The training methods, one file each. `dgf.methods()` lists them; each module's `losses` serves one's own loop."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+from diffgan_fast.engine import Method
+from diffgan_fast.methods import ddpm, method3, method35
+
+_ALL: dict[str, type[Method]] = {m.name: m for m in (ddpm.DDPM, method3.Method3, method35.Method35)}
+
+__all__ = ["ddpm", "find", "method3", "method35"]
+
+
+def find(name: str) -> type[Method]:
+    """The method of this name. ValueError with the known names if there is none."""
+    if name not in _ALL:
+        raise ValueError(f"method must be one of {', '.join(_ALL)}; got {name!r}")
+    return _ALL[name]
+
+
+class _Methods(ModuleType):
+    """The package itself, callable: `dgf.methods()` lists what `dgf.methods.method3.losses` belongs to."""
+
+    def __call__(self) -> dict[str, str]:
+        """Each method's name with a line of help."""
+        return {name: method.help for name, method in _ALL.items()}
+
+
+sys.modules[__name__].__class__ = _Methods

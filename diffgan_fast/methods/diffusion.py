@@ -1,0 +1,123 @@
+"""What all methods with a denoiser share: its network, its schedule, and sampling from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from diffgan_fast import nets, random
+from diffgan_fast.engine import Method, State, TrainConfig, evaluating, option
+from diffgan_fast.ops.step import Variance
+from diffgan_fast.sampling import Sampler, sample
+from diffgan_fast.schedule import Prediction, Schedule
+
+# The reference's MNIST set-up (facts of the source document): its small U-Net, pixels in [0, 1], 300 linear steps that do
+# not reach the prior, ancestral sampling with variance beta.
+STUDENT: dict[str, Any] = dict(
+    network="student", data_range="unit", T=300, schedule="linear", beta_1=1e-4, beta_T=0.02, variance="beta", clip_x0=False
+)
+
+
+@dataclass(kw_only=True)
+class DiffusionConfig(TrainConfig):
+    """A denoiser, its schedule and its sampler."""
+
+    network: Literal["auto", "unet", "student"] = option(
+        "auto", "denoiser: the DDPM U-Net of the image's size, or the source document's small U-Net (28 px)"
+    )
+    dropout: float = option(0.0, "dropout in the U-Net", low=0, high=1)
+    T: int = option(300, "diffusion steps", unit="steps", low=1)
+    schedule: Literal["linear-scaled", "linear", "quadratic", "cosine"] = option(
+        "linear-scaled", "betas; linear-scaled is the linear schedule of 1000 steps, scaled to T so that it reaches the prior"
+    )
+    beta_1: float = option(1e-4, "first beta of linear and quadratic", low=0, high=1)
+    beta_T: float = option(0.02, "last beta of linear and quadratic", low=0, high=1)
+    prediction: Prediction = option("eps", "what the denoiser predicts")
+    data_range: Literal["signed", "unit"] = option("signed", "pixels in [-1, 1], or in [0, 1] as the source document has them")
+    sampler: Sampler = option("ddpm", "how samples are drawn")
+    sample_steps: int | None = option(None, "sampling steps (none: all T)", unit="steps", low=1)
+    eta: float = option(0.0, "noise of the ddim sampler", low=0, high=1)
+    variance: Variance = option("beta", "variance of the ddpm sampler")
+    clip_x0: bool = option(True, "clamp the reconstruction to the data's range while sampling")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip_x0 and self.data_range == "unit":
+            raise ValueError("clip_x0 clamps to [-1, 1]: with data_range='unit' it must be False")
+
+
+class DiffusionMethod(Method):
+    """Base of the methods whose generating network is a denoiser."""
+
+    Config: ClassVar[type[TrainConfig]] = DiffusionConfig
+    config: DiffusionConfig
+
+    def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
+        super().__init__(config, shape, num_classes)
+        self.schedule = make_schedule(self.config)
+
+    def make_denoiser(self) -> nn.Module:
+        """A new denoiser for this data."""
+        if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
+            raise ValueError(f"data must be square images [N, C, S, S] for method {self.name!r}, got shape {list(self.shape)}")
+        channels, size, _ = self.shape
+        if self.config.network == "student":
+            return nets.StudentUNet(channels, T=self.config.T)
+        return nets.UNet.preset(size, channels, dropout=self.config.dropout)
+
+    def to_model(self, x: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] in the range that the denoiser works in."""
+        return x if self.config.data_range == "signed" else (x + 1) / 2
+
+    def to_images(self, x: torch.Tensor) -> torch.Tensor:
+        """The denoiser's range as images, clamped to [-1, 1]."""
+        return (x if self.config.data_range == "signed" else x * 2 - 1).clamp(-1, 1)
+
+    def draw_t(self, n: int, key: int, first_sample: int, device: torch.device) -> torch.Tensor:
+        """t ~ U{1..T} for each sample."""
+        return 1 + random.randint(self.schedule.T, n, random.fold_in(key, "t"), first=first_sample, device=device)
+
+    def sample(self, state: State, n: int, key: int, *, first: int = 0, ema: bool = True, on_step=None) -> torch.Tensor:
+        c, net = self.config, state.sampling_net("denoiser", ema)
+        device = next(net.parameters()).device
+        with evaluating(net):
+            x = sample(
+                net, (n, *self.shape), self.schedule, key,
+                sampler=c.sampler, steps=c.sample_steps, eta=c.eta, variance=c.variance, prediction=c.prediction,
+                clip_x0=c.clip_x0, first_sample=first, channels_last=c.channels_last, device=device, on_step=on_step,
+            )  # fmt: skip
+        return self.to_images(x).contiguous()
+
+
+def make_schedule(config: DiffusionConfig) -> Schedule:
+    """The schedule that a config names."""
+    if config.schedule == "linear-scaled":
+        return Schedule.linear_scaled(config.T)
+    if config.schedule == "cosine":
+        return Schedule.cosine(config.T)
+    make = Schedule.linear if config.schedule == "linear" else Schedule.quadratic
+    return make(config.T, config.beta_1, config.beta_T)
+
+
+@torch.no_grad()
+def noise_levels(method: DiffusionMethod, net: nn.Module, x: torch.Tensor, key: int, levels: int = 10) -> dict[str, list]:
+    """How a noise-predicting denoiser does at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
+
+    log_var_eps is the log variance of its output. The Bayes-optimal one lies below 0 (for N(0, 1) data it is
+    log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser from noise.
+    """
+    from diffgan_fast.ops import add_noise
+
+    T = method.schedule.T
+    steps = sorted({max(1, round(T * (i + 1) / levels)) for i in range(levels)})
+    rows: dict[str, list] = {"t": steps, "mse": [], "log_var_eps": []}
+    with evaluating(net):
+        for t in steps:
+            x_t, eps = add_noise(x, t, method.schedule, random.fold_in(key, t), return_noise=True)
+            out = net(x_t, torch.full((len(x),), t, device=x.device))
+            rows["mse"].append(float((out - eps).square().mean()))
+            rows["log_var_eps"].append(float(out.var().log()))
+    return rows

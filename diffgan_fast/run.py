@@ -1,0 +1,141 @@
+"""A training run: made by `dgf.train`, found again by `dgf.load`, ready to sample from, to measure and to go on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from diffgan_fast import data as data_sets
+from diffgan_fast import methods, random
+from diffgan_fast import metrics as measures
+from diffgan_fast.engine import Method, State, checkpoint
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def build(method: Method, given: dict[str, nn.Module], seed: int, device: torch.device) -> State:
+    """A method's networks, initialised from the seed, on the device, with their optimisers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.fold_in(random.key(seed), "networks"))
+        nets = method.networks(given)
+    layout = torch.channels_last if method.config.channels_last else torch.contiguous_format
+    nets = {name: net.to(device=device, memory_format=layout) for name, net in nets.items()}
+    return State(nets, method.optimizers(nets), method.averaged, method.config)
+
+
+class Run:
+    """One run and its directory.
+
+    Attributes:
+        path: the directory.
+        method, state: the training method, and its networks as they are now.
+        seed: the run's seed.
+        data_name: what the data is called.
+        given: names of the networks that were the user's own.
+    """
+
+    def __init__(self, path: Path, method: Method, state: State, seed: int, data: Any, settings: dict[str, Any]):
+        self.path, self.method, self.state, self.seed = path, method, state, seed
+        self._data, self.data_name, self.given = data, settings["data"], tuple(settings["given"])
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.method.name}, step {self.state.step} of {self.method.config.steps})"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl: scalars, one row a logged step."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def sample(self, n: int, seed: int = 0, first: int = 0, *, ema: bool = True, batch: int = 500) -> torch.Tensor:
+        """Samples first … first + n of the endless sequence of a seed.
+
+        Args:
+            n: how many, at least 1.
+            ema: from the averaged weights, if the run has them.
+            batch: how many at a time; it does not change the noise.
+
+        Returns: float32 [n, C, H, W] in [-1, 1] on the CPU.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        key = random.fold_in(random.key(seed), "sample")
+        parts = [
+            self.method.sample(self.state, min(batch, n - i), key, first=first + i, ema=ema).cpu()
+            for i in range(0, n, batch)
+        ]
+        return torch.cat(parts)
+
+    def reference(self, split: str = "train") -> data_sets.Data:
+        """The data of this run: "train", which it was trained on, or the "test" split of a named data set."""
+        if self._data is None:
+            raise ValueError("this run was trained on your own data: pass it to dgf.load as data=")
+        if split != "train" and not isinstance(self._data, str):
+            raise ValueError(f"split must be 'train': {self.data_name!r} has no other")
+        return data_sets.load(self._data, split=split)
+
+    def evaluate(self, n: int = 2000, *, metrics: Sequence[str] = ("fid", "kid", "is"), seed: int = 1,
+                 extractor: Any = None) -> dict[str, Any]:  # fmt: skip
+        """Measures n samples against the training data. See `metrics.evaluate`; the result is kept as evaluation.json."""
+        held_out = self.reference("test") if self.data_name in data_sets.datasets() else None
+        result = measures.evaluate(
+            self.sample(n, seed), self.reference(), metrics=tuple(metrics), extractor=extractor, held_out=held_out
+        )
+        checkpoint.write_text(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        return result
+
+    def export(self, path: str | Path, *, ema: bool = True) -> Path:
+        """Writes the sampling network's weights as one safetensors file for plain torch. An existing file is an error."""
+        path = Path(path)
+        if path.exists():
+            raise ValueError(f"path {path} exists already")
+        name = self.method.averaged[0]
+        weights = {k: v.contiguous().cpu() for k, v in self.state.sampling_net(name, ema).state_dict().items()}
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            save_file(weights, part, metadata={"method": self.method.name, "network": name, "data": self.data_name})
+            part.replace(path)
+        return path
+
+
+def load(path: str | Path, *, data: Any = None, device: str | torch.device = "auto", **given: nn.Module) -> Run:
+    """A run from its directory, at its last checkpoint.
+
+    Args:
+        path: the run's directory.
+        data: the data it was trained on, where that was no named data set (needed only to evaluate).
+        given: networks that were passed to `train` as `model=` or `critic=`, of the same architecture.
+
+    Raises: ValueError if the directory holds no run, or the networks do not fit.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"path {path} holds no run (there is no config.json)")
+    stored = json.loads((path / "config.json").read_text())
+    kind = methods.find(stored["method"])
+    method = kind(kind.Config(**stored["config"]), tuple(stored["shape"]), stored["num_classes"])
+    given = {"denoiser" if name == "model" else name: net for name, net in given.items()}
+    for name in stored["given"]:
+        if name not in given:
+            raise ValueError(f"this run was trained with your own {name!r}: pass the same architecture as {name}=")
+    state = build(method, given, stored["seed"], pick_device(device))
+    checkpoint.load(path, state)
+    source = stored["data"] if stored["data_is_named"] else data
+    return Run(path, method, state, stored["seed"], source, stored)
