@@ -91,7 +91,7 @@ def train(
         on_sample=lambda step: _save_grid(run, step),
     )  # fmt: skip
     if resuming:
-        loop.seconds = checkpoint.load(folder, state)["seconds"]
+        loop.restore()
         _drop_rows_after(folder, state.step)
     elif not checkpoint.steps(folder):
         checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")

@@ -173,15 +173,16 @@ struct Range {
 };
 // Chunks are aligned in the numbering of the noise, so that a chunk starts with a whole block.
 inline Range chunk_range(const Grid& g, int64_t chunk) {
-  const int64_t shift = g.keys ? 0 : static_cast<int64_t>(g.first % kChunk);
+  const int64_t shift = g.per_sample ? 0 : static_cast<int64_t>(g.first % kChunk);
   const int64_t begin = chunk * kChunk - shift, end = begin + kChunk;
   return {begin < 0 ? 0 : begin, end > g.n ? g.n : end};
 }
 
 template <class Fill, class A>
 void fill_range(const Grid& g, Range r, uint32_t stream, A* z, const Fill& make) {
-  if (!g.keys) {
-    fill(z, g.first + static_cast<uint64_t>(r.begin), r.end - r.begin, stream, g.key, make);
+  if (!g.per_sample) {
+    const uint64_t key = g.keys ? static_cast<uint64_t>(*g.keys) : g.key;
+    fill(z, g.first + static_cast<uint64_t>(r.begin), r.end - r.begin, stream, key, make);
     return;
   }
   for (int64_t e = r.begin; e < r.end;) {

@@ -36,7 +36,7 @@ void random_(Tensor out, int64_t key, MaybeTensor key_t, int64_t stream, int64_t
   const Grid g = make_grid(out, key, key_t, first);
   const Draw kind = static_cast<Draw>(draw);
   const bool integers = kind == Draw::bits || kind == Draw::integers;
-  STD_TORCH_CHECK(!integers || out.scalar_type() == torch::headeronly::ScalarType::Long, "diffgan_fast: integers are int64");
+  STD_TORCH_CHECK(!integers || out.scalar_type() == ScalarType::Long, "diffgan_fast: integers are int64");
   const Dtype dtype = integers ? Dtype::f32 : dtype_of(out);
   void* data = out.data_ptr();
   for_chunks(g, [&](int64_t c) {

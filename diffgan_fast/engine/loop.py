@@ -41,7 +41,8 @@ class Loop:
         self.on_log, self.on_sample = on_log, on_sample
         self.seed_key = random.key(seed)
         self.seconds = 0.0
-        self._pending: list[dict[str, torch.Tensor]] = []
+        self._pending: list[dict[str, torch.Tensor]] = []  # losses since the last row, still on the device
+        self.unlogged: list[dict[str, float]] = []  # the same on the host, known to be finite
         self._since = 0.0
 
     def run(self) -> None:
@@ -79,30 +80,48 @@ class Loop:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, once the losses so far are known to be finite."""
-        if self._pending:
-            self._log()
-        checkpoint.save(self.folder, self.state, {"seconds": self.seconds}, self.config.keep)
+        self._settle()
+        self._clock()
+        checkpoint.save(self.folder, self.state, {"seconds": self.seconds, "unlogged": self.unlogged}, self.config.keep)
 
-    def _log(self) -> str:
-        """Brings the losses since the last row to the host, checks them, and writes their means as one row."""
-        names = {k for losses in self._pending for k in losses}
-        first = self.state.step - len(self._pending) + 1
-        row: dict[str, float] = {}
-        for name in sorted(names):
-            at = [i for i, losses in enumerate(self._pending) if name in losses]
-            values = torch.stack([self._pending[i][name].float() for i in at]).tolist()
-            bad = next((i for i, v in zip(at, values, strict=True) if not math.isfinite(v)), None)
-            if bad is not None:
-                kept = checkpoint.steps(self.folder)
-                where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
-                raise TrainingError(f"{name} is not finite at step {first + bad}; last good checkpoint: {where}")
-            row[name] = sum(values) / len(values)
-        self._pending.clear()
+    def restore(self) -> None:
+        """Goes back to the last checkpoint of the run's folder."""
+        facts = checkpoint.load(self.folder, self.state)
+        self.seconds, self.unlogged = facts["seconds"], facts["unlogged"]
+
+    def _clock(self) -> None:
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
+
+    def _settle(self) -> None:
+        """Brings the losses since the last row to the host. TrainingError if one is not finite."""
+        first = self.state.step - len(self._pending) + 1
+        if not self._pending:
+            return
+        flat = torch.stack([v.float() for losses in self._pending for v in losses.values()]).tolist()
+        for step, losses in enumerate(self._pending, first):
+            values = dict(zip(losses, flat[: len(losses)], strict=True))
+            flat = flat[len(losses) :]
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    kept = checkpoint.steps(self.folder)
+                    where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
+                    raise TrainingError(f"{name} is not finite at step {step}; last good checkpoint: {where}")
+            self.unlogged.append(values)
+        self._pending.clear()
+
+    def _log(self) -> str:
+        """Writes the means of the losses since the last row as one row."""
+        self._settle()
+        self._clock()
         images = self.state.step * self.config.batch_size
-        row = {"step": self.state.step, "images_seen": images, "seconds": round(self.seconds, 3), **row}
+        means = {}
+        for name in sorted({k for losses in self.unlogged for k in losses}):
+            values = [losses[name] for losses in self.unlogged if name in losses]
+            means[name] = sum(values) / len(values)
+        self.unlogged = []
+        row = {"step": self.state.step, "images_seen": images, "seconds": round(self.seconds, 3), **means}
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         self.on_log(row)
-        return " ".join(f"{k}={row[k]:.3g}" for k in sorted(names))
+        return " ".join(f"{k}={v:.3g}" for k, v in means.items())

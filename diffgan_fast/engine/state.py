@@ -48,9 +48,9 @@ class State:
         """One optimiser step of network `name` on a loss. Only this network's gradients are touched and kept."""
         optimizer, net = self.optimizers[name], self.nets[name]
         parameters = optimizer.param_groups[0]["params"]
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for p, g in zip(parameters, grads, strict=True):
-            p.grad = g
+        # only these gradients are computed; `backward` (unlike `grad`) lays them out as their parameters lie in memory,
+        # which the fused optimisers rely on without checking
+        loss.backward(inputs=parameters)
         if name in self.generating and self.config.clip_grad:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad, foreach=True)
         lr = self._base_lr[name] * self.lr_factor()
