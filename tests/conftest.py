@@ -1,4 +1,7 @@
-"""What every test shares. Triton runs in its interpreter where there is no GPU, so it must be told before it is imported."""
+"""What every test shares.
+
+Triton runs in its interpreter where there is no GPU, so it must be told before it is imported.
+"""
 
 import os
 

@@ -22,7 +22,10 @@ WANT = {
         mean([-math.log(sigmoid(v)) for v in FAKE]),
     ),
     "hinge": (mean([max(0, 1 - v) for v in REAL]) + mean([max(0, 1 + v) for v in FAKE]), -mean(FAKE)),
-    "lsgan": (mean([0.5 * (v - 1) ** 2 for v in REAL]) + mean([0.5 * v**2 for v in FAKE]), mean([0.5 * (v - 1) ** 2 for v in FAKE])),
+    "lsgan": (
+        mean([0.5 * (v - 1) ** 2 for v in REAL]) + mean([0.5 * v**2 for v in FAKE]),
+        mean([0.5 * (v - 1) ** 2 for v in FAKE]),
+    ),
     "wgan": (mean(FAKE) - mean(REAL), -mean(FAKE)),
 }
 WANT["saturating"] = (WANT["nonsaturating"][0], mean([math.log(1 - sigmoid(v)) for v in FAKE]))

@@ -9,7 +9,7 @@ S = dgf.Schedule.linear_scaled(40)
 
 
 def exact(mean, std):
-    """The best denoiser for data N(mean, std^2): eps* = sqrt(1-abar) (x - sqrt(abar) mean) / (abar std^2 + 1 - abar)."""
+    """The best denoiser for N(mean, std^2): eps* = sqrt(1-abar) (x - sqrt(abar) mean) / (abar std^2 + 1 - abar)."""
 
     def model(x, t):
         a = S.alphas_cumprod[t].to(x.dtype).view(-1, 1)

@@ -30,7 +30,11 @@ VP = {  # Denoising Diffusion GAN's tables; review and facts §B.1, computed ind
 def test_ddgan_goldens(T):
     s = Schedule.vp(T)
     tables = dict(
-        beta=s.betas, abar=s.alphas_cumprod, c1=s.posterior_mean_coef1, c2=s.posterior_mean_coef2, var=s.posterior_variance
+        beta=s.betas,
+        abar=s.alphas_cumprod,
+        c1=s.posterior_mean_coef1,
+        c2=s.posterior_mean_coef2,
+        var=s.posterior_variance,
     )
     for name, want in VP[T].items():
         assert np.abs(tables[name][1:].numpy() - want).max() < 1e-6, name
@@ -53,7 +57,9 @@ def test_posterior_agrees_with_bayes():
         a, before, beta = float(s.alphas[t]), float(s.alphas_cumprod[t - 1]), float(s.betas[t])
         precision = a / beta + 1 / (1 - before)
         assert math.isclose(float(s.posterior_variance[t]), 1 / precision, rel_tol=1e-9)
-        assert math.isclose(float(s.posterior_mean_coef1[t]), math.sqrt(before) / (1 - before) / precision, rel_tol=1e-9)
+        assert math.isclose(
+            float(s.posterior_mean_coef1[t]), math.sqrt(before) / (1 - before) / precision, rel_tol=1e-9
+        )
         assert math.isclose(float(s.posterior_mean_coef2[t]), math.sqrt(a) / beta / precision, rel_tol=1e-9)
 
 

@@ -32,12 +32,8 @@ def test_uint8_images_from_anywhere(data):
     assert torch.equal(loaded.images, PIXELS) and torch.equal(loaded.labels, LABELS)
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda d: d, lambda d: DataLoader(d, batch_size=4)], ids=["Dataset", "DataLoader"]
-)
-@pytest.mark.parametrize(
-    "values", [PIXELS, PIXELS / 255.0, torch.randn(6, 2) * 9], ids=["uint8", "float", "points"]
-)
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: DataLoader(d, batch_size=4)], ids=["Dataset", "DataLoader"])
+@pytest.mark.parametrize("values", [PIXELS, PIXELS / 255.0, torch.randn(6, 2) * 9], ids=["uint8", "float", "points"])
 def test_torch_datasets_with_labels(values, wrap):
     loaded = load(wrap(TensorDataset(values, LABELS)))
     assert torch.equal(loaded.values, values) and torch.equal(loaded.labels, LABELS)
@@ -152,9 +148,7 @@ def test_broken_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"differ in size: 20x12 \(a.png\), 8x8 \(b.png\); pass size="):
         load(tmp_path)
     content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        content, "png"
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(content, "png")
     (tmp_path / "b.png").write_bytes(content.getvalue()[:2000])
     with pytest.raises(ValueError, match="b.png is broken or truncated"):
         load(tmp_path, size=8)

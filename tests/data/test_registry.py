@@ -112,9 +112,7 @@ def test_download_is_checked_and_cached(tmp_path, monkeypatch):
     monkeypatch.delenv("DIFFGAN_FAST_DATA", raising=False)
     monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path / "cache"))
     md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in (images, labels)}
-    source = replace(
-        registry._SOURCES["mnist"], url=f"http://127.0.0.1:{server.server_port}/", md5={"train": md5}
-    )
+    source = replace(registry._SOURCES["mnist"], url=f"http://127.0.0.1:{server.server_port}/", md5={"train": md5})
     monkeypatch.setitem(registry._SOURCES, "mnist", replace(source, md5={"train": {images.name: "0" * 32}}))
     with pytest.raises(FileNotFoundError, match="hash"):
         load("mnist")

@@ -18,9 +18,12 @@ class Net(nn.Module):
     def __init__(self, channels=1):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels + 1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Dropout(0.2),
+            nn.Conv2d(channels + 1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.SiLU(),
+            nn.Dropout(0.2),
             nn.Conv2d(8, channels, 3, padding=1),
-        )  # fmt: skip
+        )
 
     def forward(self, x, t):
         plane = (t.to(x.dtype) / 10).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
@@ -42,12 +45,16 @@ def train(method, out, **options):
     return dgf.train(method, out=out, **{**TINY, **options})
 
 
-METHODS = {"ddpm": {}, "method3": dict(critic_steps=3, critic_width=8), "method3.5": dict(critic_steps=3, critic_width=8)}
+METHODS = {
+    "ddpm": {},
+    "method3": dict(critic_steps=3, critic_width=8),
+    "method3.5": dict(critic_steps=3, critic_width=8),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path):
-    """Ten steps in one go, and ten with a stop at seven: weights, averages, history and samples agree to the last bit."""
+    """Ten steps in one go, and ten with a stop at seven: weights, averages, history and samples agree bit for bit."""
     torch.manual_seed(1)
     start = Net().state_dict()
 
@@ -68,7 +75,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path):
     torch.manual_seed(99)  # the caller's generator must not matter
     cut = train(method, tmp_path / "cut", steps=10, model=net(), resume=True, **options)
     assert same(whole, cut)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state.ema["denoiser"].parameters(), cut.state.ema["denoiser"].parameters(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state.ema["denoiser"].parameters(), cut.state.ema["denoiser"].parameters(), strict=True)
+    )
     assert torch.equal(whole.sample(5), cut.sample(5))
     drop = ("seconds",)
     rows = [[{k: v for k, v in row.items() if k not in drop} for row in run.history] for run in (whole, cut)]
@@ -150,8 +160,16 @@ def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_do_not_count
 
 def test_fine_tuning_starts_from_the_base_and_inherits_its_settings(tmp_path):
     base = train("ddpm", tmp_path / "base", steps=3, T=12, clip_x0=False)
-    tuned = dgf.train("method3", base=base, out=tmp_path / "m3", steps=2, critic_steps=2, critic_width=8,
-                      batch_size=16, progress=False)  # fmt: skip
+    tuned = dgf.train(
+        "method3",
+        base=base,
+        out=tmp_path / "m3",
+        steps=2,
+        critic_steps=2,
+        critic_width=8,
+        batch_size=16,
+        progress=False,
+    )
     assert tuned.method.config.T == 12 and tuned.method.config.clip_x0 is False
     for mine, theirs in zip(tuned.state["denoiser"].parameters(), base.state.ema["denoiser"].parameters(), strict=True):
         assert torch.equal(mine, theirs)  # the critic alone has trained so far
@@ -168,7 +186,9 @@ def test_without_a_base_one_is_trained_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nets.UNet, "preset", classmethod(lambda cls, size, channels, **kw: Net(channels)))
     monkeypatch.setitem(ddpm.Config.PRESETS, "brief", dict(steps=2, batch_size=16))
-    monkeypatch.setitem(dgf.methods.method35.Config.PRESETS, "brief", dict(steps=2, critic_steps=1, critic_width=8, batch_size=16))
+    monkeypatch.setitem(
+        dgf.methods.method35.Config.PRESETS, "brief", dict(steps=2, critic_steps=1, critic_width=8, batch_size=16)
+    )
     run = dgf.train("method3.5", out=tmp_path, preset="brief", T=10, progress=False)
     assert (tmp_path / "base" / "config.json").exists() and run.state.step == 2
     assert json.loads((tmp_path / "base" / "config.json").read_text())["config"]["T"] == 10
@@ -192,8 +212,17 @@ def test_the_denoiser_runs_once_a_step_and_twice_as_coded(tmp_path):
         def note(run, row, stop=stop):
             stop.setdefault(row["step"], len(Counting.calls))
 
-        train("method3", tmp_path / forwards, steps=3, critic_steps=1, critic_width=8, forwards=forwards, log_every=1,
-              model=Counting(), callbacks=[note])  # fmt: skip
+        train(
+            "method3",
+            tmp_path / forwards,
+            steps=3,
+            critic_steps=1,
+            critic_width=8,
+            forwards=forwards,
+            log_every=1,
+            model=Counting(),
+            callbacks=[note],
+        )
         assert Counting.calls[: stop[3]] == want
 
 
@@ -220,7 +249,11 @@ def test_export_writes_plain_weights_and_overwrites_nothing(tmp_path):
 def test_evaluate_names_its_extractor(tmp_path):
     run = train("ddpm", tmp_path, steps=1)
     result = run.evaluate(50)
-    assert result["extractor"]["name"] == "domain" and result["comparable"] is False and result["fid"] > result["fid_floor"]
+    assert (
+        result["extractor"]["name"] == "domain"
+        and result["comparable"] is False
+        and result["fid"] > result["fid_floor"]
+    )
     assert json.loads((tmp_path / "evaluation.json").read_text())["n"] == 50
 
 

@@ -15,8 +15,9 @@ import tempfile
 
 import torch
 import triton
-from diffgan_fast.kernels import core, loss, noise, random, step
 from triton.backends.compiler import GPUTarget
+
+from diffgan_fast.kernels import core, loss, noise, random, step
 
 
 class Driver:

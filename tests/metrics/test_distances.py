@@ -40,9 +40,7 @@ def kid_by_double_sum(x, y):
 def test_fid_closed_form(s):
     d, mu = 12, np.linspace(-1, 1, 12)
     expected = mu @ mu + d * (1 - s) ** 2
-    assert fid_from_statistics(np.zeros(d), np.eye(d), mu, s * s * np.eye(d)) == pytest.approx(
-        expected, abs=1e-10
-    )
+    assert fid_from_statistics(np.zeros(d), np.eye(d), mu, s * s * np.eye(d)) == pytest.approx(expected, abs=1e-10)
     # whitened samples have exactly mean 0 and covariance 1, so fid must give the closed form too
     x = features(50, d, 0)
     x = (x - x.mean(0)) @ np.linalg.inv(linalg.cholesky(np.cov(x, rowvar=False)))
@@ -79,9 +77,7 @@ def test_values_of_torch_fidelity():
     mean, std = kid(real, fake, subsets=20, subset_size=100, seed=2020)
     assert mean == pytest.approx(0.44135022254509104, rel=1e-9)
     assert std == pytest.approx(0.07737087884229485, rel=1e-9)
-    assert inception_score(fake, splits=3) == pytest.approx(
-        (1.7112140138131082, 0.03026415501109829), rel=1e-9
-    )
+    assert inception_score(fake, splits=3) == pytest.approx((1.7112140138131082, 0.03026415501109829), rel=1e-9)
 
 
 def test_tensors_are_taken_and_computed_in_float64():

@@ -108,9 +108,7 @@ def test_mnist_noise_order(real_data):
     data = load("mnist", root=real_data, split="test", subset=600)
     samples = data.batch(slice(0, 300))
     scores = [
-        evaluate(
-            (samples + s * torch.randn_like(samples)).clamp(-1, 1), data, metrics=["fid"], extractor=pixels
-        )["fid"]
+        evaluate((samples + s * torch.randn_like(samples)).clamp(-1, 1), data, metrics=["fid"], extractor=pixels)["fid"]
         for s in (0.0, 0.5, 1.0)
     ]
     assert np.all(np.diff(scores) > 0)

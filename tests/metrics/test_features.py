@@ -57,9 +57,7 @@ def test_cache(blobs, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "shape, d", [((1, 8, 8), 64), ((3, 12, 9), 64), ((1, 28, 28), 128), ((3, 64, 48), 128)]
-)
+@pytest.mark.parametrize("shape, d", [((1, 8, 8), 64), ((3, 12, 9), 64), ((1, 28, 28), 128), ((3, 64, 48), 128)])
 def test_sizes(shape, d):
     f, logits = DomainClassifier(shape, 5).eval()(torch.zeros(2, *shape))
     assert f.shape == (2, d) and logits.shape == (2, 5)

@@ -24,7 +24,9 @@ def steps_for(n, device):
 
 def tolerance(dtype, magnitude):
     """The largest error of one rounding to dtype of numbers up to `magnitude`, plus that of the float32 noise."""
-    ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-13}[dtype]  # 1 - abar loses digits
+    ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-13}[
+        dtype
+    ]  # 1 - abar loses digits
     return magnitude * ulp + (0 if dtype == torch.float64 else 5e-6)
 
 

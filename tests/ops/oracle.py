@@ -1,4 +1,7 @@
-"""Independent oracles: the documented formulas in NumPy, float64, one element at a time. Nothing of the library is used."""
+"""Independent oracles: the documented formulas in NumPy, float64, one element at a time.
+
+Nothing of the library is used.
+"""
 
 import math
 

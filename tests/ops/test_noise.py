@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import diffgan_fast as dgf
 from diffgan_fast.ops import noise as module
 from tests.ops import oracle
-from tests.ops.cases import T, LEVELS, check_compiles, images, layouts, steps_for, tolerance
+from tests.ops.cases import LEVELS, T, check_compiles, images, layouts, steps_for, tolerance
 
 S = dgf.Schedule.linear(T)
 _, ALPHA, ABAR = oracle.linear_schedule(T)
@@ -25,9 +25,7 @@ def test_follows_the_formula(backend, shape, first_sample):
     for dtype in backend.dtypes:
         for x0 in layouts(images(shape, dtype, backend.device)):
             t = steps_for(shape[0], backend.device)
-            got, eps = dgf.ops.add_noise(
-                x0, t, S, 42, sigma=0.5, return_noise=True, first_sample=first_sample
-            )
+            got, eps = dgf.ops.add_noise(x0, t, S, 42, sigma=0.5, return_noise=True, first_sample=first_sample)
             per = x0[0].numel()
             wide = x0.double().cpu().numpy()
             want, z = expected(wide, t.cpu().numpy().reshape(-1, *[1] * (x0.dim() - 1)), 42, first_sample * per, 0.5)
@@ -250,7 +248,11 @@ def test_a_captured_int_key_is_refused():
 
 @pytest.mark.gpu
 def test_replays_follow_a_key_on_the_device():
-    x0, key, graph = torch.randn(4, 9, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), torch.cuda.CUDAGraph()
+    x0, key, graph = (
+        torch.randn(4, 9, device="cuda"),
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+        torch.cuda.CUDAGraph(),
+    )
     dgf.ops.add_noise(x0, 3, S, key)
     with torch.cuda.graph(graph):
         out = dgf.ops.add_noise(x0, 3, S, dgf.random.fold_in(key, 5))

@@ -96,9 +96,10 @@ def test_the_true_noise_gives_the_posterior_mean():
     x, eps = dgf.ops.add_noise(x0, t, S, 1, return_noise=True)
     z = dgf.random.normal(x0.shape, 9, dtype=torch.float64)
     i = t.numpy()[:, None]
-    mean = np.sqrt(ABAR[i - 1]) * BETA[i] / (1 - ABAR[i]) * x0.numpy() + np.sqrt(ALPHA[i]) * (1 - ABAR[i - 1]) / (
-        1 - ABAR[i]
-    ) * x.numpy()
+    mean = (
+        np.sqrt(ABAR[i - 1]) * BETA[i] / (1 - ABAR[i]) * x0.numpy()
+        + np.sqrt(ALPHA[i]) * (1 - ABAR[i - 1]) / (1 - ABAR[i]) * x.numpy()
+    )
     std = np.sqrt(BETA[i] * (1 - ABAR[i - 1]) / (1 - ABAR[i]))
     assert np.abs(dgf.ops.ddpm_step(x, eps, t, S, 9).numpy() - mean - std * z.numpy()).max() < 1e-12
     assert np.abs(dgf.ops.posterior_step(x0, x, t, S, 9).numpy() - mean - std * z.numpy()).max() < 1e-12
@@ -131,8 +132,9 @@ def test_ddim_follows_the_formula(backend, eta, clip):
     want = np.sqrt(p) * x0 + np.sqrt(1 - p - sigma**2) * eps + sigma * oracle.normal(x.numel(), 3).reshape(x.shape)
     assert np.abs(got.cpu().numpy() - want).max() < 2e-5
     for n in range(5):
-        one = dgf.ops.ddim_step(x[n : n + 1], e[n : n + 1], int(t[n]), int(before[n]), S, 3, eta=eta, clip_x0=clip,
-                                first_sample=n)  # fmt: skip
+        one = dgf.ops.ddim_step(
+            x[n : n + 1], e[n : n + 1], int(t[n]), int(before[n]), S, 3, eta=eta, clip_x0=clip, first_sample=n
+        )
         assert torch.allclose(one[0], got[n], atol=2e-6)
 
 
@@ -209,7 +211,11 @@ def test_opcheck(backend, guided):
 
 def test_compiles_without_breaks_or_recompiles():
     def f(x, e, t, key):
-        return dgf.ops.ddpm_step(x, e, t, S, key) + dgf.ops.ddim_step(x, e, 9, 3, S, key) + dgf.ops.posterior_step(e, x, t, S, key)
+        return (
+            dgf.ops.ddpm_step(x, e, t, S, key)
+            + dgf.ops.ddim_step(x, e, 9, 3, S, key)
+            + dgf.ops.posterior_step(e, x, t, S, key)
+        )
 
     check_compiles(f, torch.randn(3, 4), torch.randn(3, 4), torch.tensor([1, 2, T]))
 

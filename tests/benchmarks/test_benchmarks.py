@@ -1,0 +1,220 @@
+"""The benchmarks run on tiny sizes, and a provider that computes something else is caught."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffgan_fast as dgf
+from benchmarks import cases, gpu, machine, oracle, report
+from benchmarks.__main__ import main
+from benchmarks.harness import measure
+from diffgan_fast import backends
+
+pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no native library for the CPU")
+QUICK = cases.Options(quick=True, compile=False)
+OPS = {"random": 2, "noise": 3, "step": 4, "loss": 2}  # benchmark: its cases
+FLOAT_COLUMNS = ("ms", "p20_ms", "p80_ms", "ns_per_element", "gb_per_s", "over_eager", "of_copy")
+
+
+def tiny_case(**changes):
+    """A case of doubling x, with an eager provider that is right."""
+    size = cases.Size((6, 5), torch.float32, torch.device("cpu"))
+    case = cases.Case(
+        "double", size, lambda: (size.randn(),), lambda data, t, z: (2 * data[0],),
+        [cases.Provider("eager", lambda x, t: 2 * x), cases.copy(size)], bytes=8, ops=1,
+    )
+    return dataclasses.replace(case, **changes)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_benchmark(name):
+    rows = report.with_ratios(importlib.import_module(f"benchmarks.{name}").run(QUICK))
+    assert len({row["case"] for row in rows}) == OPS[name]
+    assert {"dgf-cpu", "dgf-reference", "eager", "copy"} <= {row["provider"] for row in rows}
+    assert not report.red(rows), report.table(rows)
+    for row in rows:
+        assert all(row[c] > 0 for c in FLOAT_COLUMNS)
+        assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+        assert set(row) <= set(report.COLUMNS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_op_benchmark_on_a_gpu(name):
+    rows = importlib.import_module(f"benchmarks.{name}").run(dataclasses.replace(QUICK, device="cuda"))
+    assert {"dgf-triton", "eager", "copy"} <= {row["provider"] for row in rows}
+    assert not report.red(rows), report.table(rows)
+    assert all(row["host_ms"] > 0 for row in rows)
+
+
+def test_diffusers_is_a_peer():
+    pytest.importorskip("diffusers")
+    rows = [row for name in ("noise", "step") for row in importlib.import_module(f"benchmarks.{name}").run(QUICK)]
+    assert len([row for row in rows if row["provider"] == "diffusers"]) == 5
+
+
+def test_training_benchmark():
+    from benchmarks import training
+
+    rows = report.with_ratios(training.run(QUICK))
+    assert [row["provider"] for row in rows] == [arm.name for arm in training.ARMS]
+    assert not report.red(rows), report.table(rows)
+    assert all(row["images_per_s"] > 0 and row["over_as_coded"] > 0 for row in rows)
+
+
+def test_compile_modes():
+    """Both modes are measured; fallback_random draws what eager draws, the default does not."""
+    size = cases.Size((300,), torch.float32, torch.device("cpu"))
+    providers = cases.peers(lambda wrap: wrap(lambda x, t: x + torch.randn_like(x)), size, cases.Options(quick=True))
+    outputs = {}
+    for provider in providers:
+        torch.manual_seed(1)
+        outputs[provider.name] = provider.run(torch.ones(300), None)
+    assert list(outputs) == ["eager", "compile", "compile-fallback"]
+    assert torch.equal(outputs["compile-fallback"], outputs["eager"])
+    assert not torch.equal(outputs["compile"], outputs["eager"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, t: 2 * x + 0.01,
+        lambda x, t: (2 * x)[:-1],
+        lambda x, t: torch.where(torch.arange(5) == 4, torch.nan, 2 * x),
+        lambda x, t: 2 * x + 0.1 * torch.randn_like(x),
+    ],
+)
+def test_wrong_provider_is_red(wrong):
+    providers = [cases.Provider("eager", lambda x, t: 2 * x), cases.Provider("dgf-wrong", wrong)]
+    rows = report.with_ratios(measure("test", tiny_case(providers=providers), QUICK))
+    right, bad = rows
+    assert right["status"] == "ok" and right["over_eager"] == 1
+    assert bad["status"].startswith("RED") and "ms" not in bad and "over_eager" not in bad
+    assert report.red(rows) == [bad]
+
+
+@pytest.mark.parametrize("key_offset, scale, bad", [(0, 1.0, False), (1, 1.0, True), (0, 1.001, True)])
+def test_wrong_noise_of_a_key_is_red(key_offset, scale, bad):
+    def run(t, key):
+        return scale * dgf.random.normal((6, 5), key + key_offset)
+
+    provider = cases.Provider("dgf-cpu", run, "key", "cpu")
+    case = tiny_case(data=tuple, expected=lambda data, t, z: z, providers=[provider])
+    assert measure("test", case, QUICK)[0]["status"].startswith("RED") == bad
+
+
+@pytest.mark.parametrize(
+    "draw, status",
+    [(torch.randn, "ok"), (torch.rand, "RED"), (torch.zeros, "RED"), (lambda shape: 1.1 * torch.randn(shape), "RED")],
+)
+def test_hidden_noise_is_checked_by_its_moments(draw, status):
+    size = cases.Size((4000, 5), torch.float32, torch.device("cpu"))
+    provider = cases.Provider("eager", lambda t: draw((4000, 5)))
+    case = tiny_case(size=size, data=tuple, expected=lambda data, t, z: z, providers=[provider])
+    assert measure("test", case, QUICK)[0]["status"].startswith(status)
+
+
+def test_every_call_is_fresh():
+    seen = []
+
+    def run(x, t, key):
+        seen.append((key, tuple(t.tolist()), x.data_ptr()))
+        return 2 * x
+
+    measure("test", tiny_case(providers=[cases.Provider("dgf", run, "key", "cpu")]), QUICK)
+    assert len({key for key, _, _ in seen}) == len({t for _, t, _ in seen}) == len(seen) > 4
+    assert len({pointer for _, _, pointer in seen}) > 1
+
+
+def test_oracle_knows_random123():
+    """The first words of counter 0 under key 0 (Random123's known answers), and the library's normals."""
+    cpu = torch.device("cpu")
+    assert oracle.words(4, 0, 0, cpu).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    with dgf.backend("reference"):
+        assert torch.equal(oracle.normals(7, 123, 1, cpu), dgf.random.normal(7, 123, stream=1, dtype=torch.float64))
+
+
+def test_best_of_processes():
+    row = dict.fromkeys(report.CASE, 1) | {"provider": "a", "status": "ok"}
+    rows = [row | {"ms": 3.0}, row | {"ms": 2.0}, row | {"ms": 4.0}]
+    assert report.best(rows) == [rows[1]]
+    assert report.best([*rows, row | {"status": "RED: x"}, *rows])[0]["status"] == "RED: x"
+
+
+def test_ratios_take_the_faster_compile():
+    row = dict.fromkeys(report.CASE, 1) | {"status": "ok"}
+    times = {"dgf-cpu": 1.0, "compile": 6.0, "compile-fallback": 5.0, "eager": 3.0}
+    ours = report.with_ratios([row | {"provider": p, "ms": ms} for p, ms in times.items()])[0]
+    assert (ours["over_compile"], ours["over_eager"]) == (5.0, 3.0)
+
+
+def test_command_line_and_files(tmp_path, capfd):
+    assert main(["random", "--quick", "--no-compile", "--threads", "1", "--out", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert dgf.__file__ in printed and "over_eager" in printed
+    folder = tmp_path / machine.slug("cpu")
+    saved = json.loads((folder / "random.json").read_text())
+    assert {"machine", "torch", "python", "git", "dirty", "date", "threads", "allocator"} <= set(saved["meta"])
+    with (folder / "random.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(saved["rows"])
+    assert set(rows[0]) == {*report.COLUMNS, *report.STAMPS}
+    assert all(float(row["ms"]) > 0 and row["machine"] == folder.name for row in rows)
+
+
+def test_missing_library_ends_with_a_message(monkeypatch, capsys):
+    monkeypatch.setattr(backends._native, "CPU_REASON", "no compiler was there")
+    assert main(["noise", "--quick"]) == 1
+    assert "no compiler was there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "code, limit_s, result",
+    [("print('fine')", 60, "ok"), ("raise SystemExit(3)", 60, "failed (3)"), ("while True: pass", 1, "over 1 s")],
+)
+def test_gpu_stage(tmp_path, code, limit_s, result):
+    row = gpu.run_stage(gpu.Stage("s", [sys.executable, "-c", code], limit_s), tmp_path / "s.log", limit_s)
+    assert row["result"] == result
+
+
+def test_gpu_stage_without_its_program(tmp_path):
+    stage = gpu.Stage("s", [str(tmp_path / "missing")], 5)
+    assert gpu.run_stage(stage, tmp_path / "s.log", 5)["result"].startswith("failed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_command_without_a_gpu(capsys):
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_sanitize_script():
+    command = [sys.executable, "-m", "benchmarks.sanitize", "cpu"]
+    done = subprocess.run(command, cwd=machine.ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpu_command_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    def stage(name, code):
+        return gpu.Stage(name, [sys.executable, "-c", code], 60)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "slug", lambda device: "gpu-test")
+    monkeypatch.setattr(machine, "describe", lambda device: {"device": device})
+    monkeypatch.setattr(gpu, "stages", lambda out: [stage("bad", "1 / 0"), stage("good", "print('done')")])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    summary = json.loads((tmp_path / "gpu-test" / "gpu.json").read_text())
+    assert [(s["stage"], s["result"]) for s in summary["stages"]] == [("bad", "failed (1)"), ("good", "ok")]
+    assert (tmp_path / "gpu-test.tar.gz").exists()
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert gpu.main(["--out", str(tmp_path), "--stages", "good"]) == 0
+    assert gpu.main(["--out", str(tmp_path), "--stages", "good", "--budget", "0"]) == 1

@@ -1,0 +1,78 @@
+import json
+
+import numpy as np
+import pytest
+
+import diffgan_fast as dgf
+from diffgan_fast import cli
+
+FAST = ["--steps", "2", "--batch-size", "4", "--T", "4", "--log-every", "1", "--sample-every", "0"]
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert (stop.value.code or 0) == code
+    return capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "ddpm", "--out", str(out), *FAST])
+    return out
+
+
+def test_every_option_of_a_method_is_a_flag(capsys):
+    import dataclasses
+
+    for name in dgf.methods():
+        text = run(capsys, "train", name, "--help").out
+        for field in dataclasses.fields(dgf.methods.find(name).Config):
+            assert f"--{field.name.replace('_', '-')}" in text, field.name
+        assert "[default: 0.999]" in text.replace("\n", " ") or "0.999" in text
+
+
+def test_help_names_every_method(capsys):
+    text = run(capsys, "train", "--help").out
+    assert all(name in text for name in dgf.methods())
+
+
+def test_a_run_from_training_to_report(trained, capsys, tmp_path):
+    assert (trained / "report.html").exists() and dgf.load(trained).state.step == 2
+    run(capsys, "sample", str(trained), "--n", "5", "--seed", "3")
+    assert (trained / "samples" / "seed-3.png").exists()
+    run(capsys, "sample", str(trained), "--n", "5", "--out", str(tmp_path / "s.npz"))
+    samples = np.load(tmp_path / "s.npz")["samples"]
+    assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
+    text = run(capsys, "evaluate", str(trained), "--n", "40").out
+    assert "FID (domain)" in text and "not comparable" in text
+    assert "report.html" in run(capsys, "report", str(trained)).out
+
+
+def test_resume_makes_a_run_longer(trained, capsys):
+    longer = ["--steps", "3", *FAST[2:]]
+    assert "pass resume=True" in run(capsys, "train", "ddpm", "--out", str(trained), *longer, code=2).err
+    run(capsys, "train", "ddpm", "--out", str(trained), "--resume", *longer)
+    assert dgf.load(trained).state.step == 3
+
+
+def test_errors_of_use_are_one_line(capsys, tmp_path):
+    for arguments, message in (
+        (["train", "ddpm", "--out", str(tmp_path / "x"), "--lr", "-1"], "lr must be at least 0"),
+        (["train", "ddpm", "--out", str(tmp_path / "x"), "--preset", "no"], "preset must be one of"),
+        (["sample", str(tmp_path)], "holds no run"),
+        (["sample", str(tmp_path), "--out", "x.gif"], "out must end in .png or .npz"),
+    ):
+        err = run(capsys, *arguments, code=2).err
+        assert message in err and "Traceback" not in err
+
+
+def test_info_lists_every_back_end(capsys):
+    text = run(capsys, "info").out
+    assert all(name in text for name in ("reference", "cpu", "cuda", "triton", "host"))
+    facts = json.loads(run(capsys, "info", "--json").out)
+    assert facts["backends"]["reference"]["available"] is True
+    for row in facts["backends"].values():
+        assert row["available"] or row["reason"]

@@ -1,0 +1,114 @@
+"""The package as it is installed: without native parts, and as an archive."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import diffgan_fast as dgf
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, folder, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The Python files alone, as after an install without a compiler."""
+    folder = tmp_path_factory.mktemp("bare")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    shutil.copytree(ROOT / "diffgan_fast", folder / "diffgan_fast", ignore=ignore)
+    return folder
+
+
+def test_works_with_nothing_built(bare):
+    code = """
+import warnings, torch
+warnings.simplefilter("error")
+import diffgan_fast as dgf
+assert not dgf.info()["backends"]["cpu"]["available"] and "not built" in dgf.info()["backends"]["cpu"]["reason"]
+s = dgf.Schedule.linear(10)
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as seen:
+    for key in range(3):
+        x = dgf.ops.add_noise(torch.ones(3, 2), 4, s, key)
+assert len(seen) == 1 and "not built" in str(seen[0].message), seen
+try:
+    dgf.backend("cpu")
+except dgf.BackendError as error:
+    assert "not built" in str(error)
+else:
+    raise SystemExit("a missing back end was accepted")
+print(x.sum().item())
+"""
+    done = python(code, bare)
+    assert done.returncode == 0, done.stderr
+    want = dgf.ops.add_noise(dgf.random.torch.ones(3, 2), 4, dgf.Schedule.linear(10), 2).sum().item()
+    assert abs(float(done.stdout) - want) < 1e-5
+
+
+def test_a_library_that_does_not_load_is_explained(bare, tmp_path):
+    shutil.copytree(bare / "diffgan_fast", tmp_path / "diffgan_fast")
+    (tmp_path / "diffgan_fast" / "_C_cpu.so").write_bytes(b"not a library")
+    done = python("import diffgan_fast as d; print(d.info()['backends']['cpu']['reason'])", tmp_path)
+    assert done.returncode == 0 and "does not load with torch" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("variable, value, message", [
+    ("DIFFGAN_FAST_CPU", "sse9", "expected one of baseline, avx2"),
+    ("DIFFGAN_FAST_BACKEND", "metal", "backend must be one of auto"),
+])  # fmt: skip
+def test_bad_environment_variables_are_named(variable, value, message):
+    done = python("import diffgan_fast", ROOT, **{variable: value})
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_instruction_sets_agree():
+    if reason := dgf.backends.unavailable("cpu"):
+        pytest.skip(reason)
+    code = """
+import torch, diffgan_fast as dgf
+s, x = dgf.Schedule.linear(10), torch.linspace(-1, 1, 5000).view(5, 1000)
+parts = [dgf.ops.add_noise(x, t, s, 3) for t in (0, 4, 10)] + [dgf.ops.ddpm_step(x, -x, 5, s, 4, clip_x0=True)]
+parts += [dgf.ops.noise_mse(x, 5).view(1, 1).expand(5, 1), dgf.ops.add_noise(x.half(), 4, s, 3).float()]
+parts += [dgf.ops.add_noise(x.bfloat16(), 4, s, 3).float(), dgf.random.bits((5, 1000), 9).float()]
+import sys, numpy as np; np.save(sys.stdout.buffer, torch.cat(parts, 1).numpy()); sys.stderr.write(dgf.info()["backends"]["cpu"]["in_use"])
+"""
+    import io
+
+    import numpy as np
+
+    results = {}
+    for name in ("baseline", "avx2"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              env={**os.environ, "DIFFGAN_FAST_CPU": name})  # fmt: skip
+        if done.returncode and b"offers only" in done.stderr:
+            pytest.skip("this processor has no AVX2")
+        assert done.returncode == 0 and done.stderr.decode().endswith(name), done.stderr
+        results[name] = np.load(io.BytesIO(done.stdout))
+    assert np.abs(results["baseline"] - results["avx2"]).max() < 0.01  # half types: one rounding
+    full = np.r_[0:4001]
+    assert np.abs(results["baseline"][:, full] - results["avx2"][:, full]).max() < 5e-6
+
+
+def test_the_sdist_holds_the_native_sources(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "runs", "*.egg-info"))
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    done = python(code, copy)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (copy / "dist").glob("*.tar.gz")
+    names = {"/".join(n.split("/")[1:]) for n in tarfile.open(archive).getnames()}
+    wanted = {"csrc/philox.h", "csrc/cpu/kernels.h", "csrc/cuda/core.cuh", "csrc/host.cpp", "kernels/noise.py", "setup.py",
+              "diffgan_fast/data/digits.npz", "diffgan_fast/metrics/digits_classifier.safetensors", "LICENSE"}  # fmt: skip
+    assert wanted <= names, wanted - names
+    assert not [n for n in names if n.endswith((".so", ".pyc"))]
