@@ -154,8 +154,12 @@ class BuildNative(build_ext):
                 if name != "cuda":
                     compiler = find_compiler()
                     build.rule("cxx", f"{compiler} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
-                    build.rule("link", f"{compiler} -shared -o $out $in $flags -Wl,-z,defs" if name == "cpu"
-                               else f"{compiler} -shared -o $out $in $flags")
+                    build.rule(
+                        "link",
+                        f"{compiler} -shared -o $out $in $flags -Wl,-z,defs"
+                        if name == "cpu"
+                        else f"{compiler} -shared -o $out $in $flags",
+                    )
                 info[name] = {"built": True, **make(build, out)}
             except (RuntimeError, ImportError, OSError) as error:
                 out.unlink(missing_ok=True)
@@ -178,7 +182,11 @@ setup(
     version=VERSION,
     packages=[*find_packages(include=["diffgan_fast*"]), "diffgan_fast.kernels"],
     package_dir={"diffgan_fast.kernels": "kernels"},
-    package_data={"diffgan_fast.data": ["*.npz", "*.md"], "diffgan_fast.metrics": ["*.safetensors", "*.json"]},
+    package_data={
+        "diffgan_fast": ["py.typed"],
+        "diffgan_fast.data": ["*.npz", "*.md"],
+        "diffgan_fast.metrics": ["*.safetensors", "*.json"],
+    },
     # The sources are listed by the functions above; this entry makes the wheel a platform wheel.
     ext_modules=[Extension("diffgan_fast._host", ["csrc/host.cpp"])],
     cmdclass={"build_ext": BuildNative},

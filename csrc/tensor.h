@@ -15,6 +15,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// An uninitialised tensor of x's type and device. torch::stable::empty_like does the same through the dispatcher by name,
+// which takes longer than a small op.
+inline Tensor uninitialized(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out));
+  return Tensor(out);
+}
+
+// One of x's shape and layout.
+inline Tensor uninitialized_like(const Tensor& x) { return uninitialized(x, x.dim(), x.sizes().data(), x.strides().data()); }
+
+// A vector of n elements.
+inline Tensor uninitialized_vector(const Tensor& x, int64_t n) {
+  const int64_t stride = 1;
+  return uninitialized(x, 1, &n, &stride);
+}
+
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Dtype::f32;

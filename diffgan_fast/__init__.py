@@ -1,6 +1,8 @@
 """diffgan_fast: a fast engine for hybrids of diffusion models and GANs."""
 
-from diffgan_fast import data, methods, metrics, nets, ops, random
+from typing import TYPE_CHECKING
+
+from diffgan_fast import data, metrics, nets, ops, random
 from diffgan_fast.api import compare, train
 from diffgan_fast.backends import BackendError, backend, info
 from diffgan_fast.data import datasets
@@ -8,6 +10,11 @@ from diffgan_fast.engine import TrainingError
 from diffgan_fast.run import Run, load
 from diffgan_fast.sampling import sample
 from diffgan_fast.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffgan_fast.methods import package as methods
+else:
+    from diffgan_fast import methods
 
 __all__ = [
     "BackendError",

@@ -58,7 +58,7 @@ CPU_REASON = _load_cpu()
 CUDA_REASON = _load_cuda()
 
 try:
-    from diffgan_fast import _host as host
+    from diffgan_fast import _host as host  # type: ignore[attr-defined]  # compiled, where it could be
 except ImportError:
     host = None  # NumPy arrays then come from the torch reference
 

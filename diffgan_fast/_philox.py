@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its uses in plain torch (int64 arithmetic, any device) and in Python ints: the oracle of the kernels."""
+"""Philox4x32-10 and its uses in plain torch (int64, any device) and in Python ints: the oracle of the kernels."""
 
 from __future__ import annotations
 
@@ -36,11 +36,8 @@ def fold_tensors(key: int | torch.Tensor, words: Sequence[int | torch.Tensor]) -
     device = next(x.device for x in (key, *words) if isinstance(x, torch.Tensor))
     k = torch.as_tensor(key, dtype=torch.int64, device=device)
     for word in words:
-        if isinstance(word, int):
-            lo, hi = word & _MASK, word >> 32
-        else:
-            lo, hi = word & _MASK, (word >> 32) & _MASK
-        lo, hi = torch.as_tensor(lo, device=device), torch.as_tensor(hi, device=device)
+        lo = torch.as_tensor(word & _MASK, device=device)
+        hi = torch.as_tensor((word >> 32) & _MASK, device=device)
         w0, w1, _, _ = block(lo, hi, 0xF01D, 1, k & _MASK, (k >> 32) & _MASK)
         k = (w0 | (w1 << 32)) & (2**63 - 1)
     return k
@@ -53,7 +50,9 @@ def words(n: int, key: int, key_t: torch.Tensor | None, stream: int, first: int,
     index = first + torch.arange(n // samples if samples else 0, dtype=torch.int64, device=device)
     lowest = first // 4
     blocks = torch.arange(lowest, lowest + (index.numel() + first % 4 + 3) // 4, dtype=torch.int64, device=device)
-    w = block(blocks & _MASK, (blocks >> 32) & _MASK, stream, 0, (keys & _MASK)[:, None], ((keys >> 32) & _MASK)[:, None])
+    w = block(
+        blocks & _MASK, (blocks >> 32) & _MASK, stream, 0, (keys & _MASK)[:, None], ((keys >> 32) & _MASK)[:, None]
+    )
     w = torch.stack(torch.broadcast_tensors(*w), -1).reshape(samples, -1)
     return w[:, index - 4 * lowest].reshape(-1)
 

@@ -77,19 +77,36 @@ def train(
         if start is None:
             shared = {k: v for k, v in config.to_dict().items() if k in SHARED}
             preset = preset if preset in methods.find("ddpm").Config.PRESETS else None
-            start = train("ddpm", data, folder / "base", seed=seed, preset=preset, resume=True, device=device, subset=subset,
-                          progress=progress, **shared)  # fmt: skip
+            start = train(
+                "ddpm",
+                data,
+                folder / "base",
+                seed=seed,
+                preset=preset,
+                resume=True,
+                device=device,
+                subset=subset,
+                progress=progress,
+                **shared,
+            )
         given["denoiser"] = copy.deepcopy(start.state.sampling_net("denoiser")).requires_grad_(True)
     _warn_of_mismatch(instance)
 
     state = build(instance, given, seed, where)
     run = Run(folder, instance, state, seed, data, settings)
-    feed = Feed(train_data, config.batch_size, random.key(seed), where, flip=config.flip, channels_last=config.channels_last)
+    feed = Feed(
+        train_data, config.batch_size, random.key(seed), where, flip=config.flip, channels_last=config.channels_last
+    )
     loop = Loop(
-        instance, state, feed, folder, seed, progress=progress,
+        instance,
+        state,
+        feed,
+        folder,
+        seed,
+        progress=progress,
         on_log=lambda row: [callback(run, row) for callback in callbacks],
         on_sample=lambda step: _save_grid(run, step),
-    )  # fmt: skip
+    )
     if resuming:
         loop.restore()
         _drop_rows_after(folder, state.step)
@@ -116,19 +133,20 @@ def compare(
     options: dict[str, dict[str, Any]] | None = None,
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Trains methods on the same data from the same base, measures each, and writes table and figures to out/report.html.
+    """Trains methods on the same data from the same base and measures each; table and figures go to out/report.html.
 
     Args:
         names: methods; the fine-tuning ones start from the `ddpm` among them, or from `base`.
         n: samples to measure.
         options: options of single methods, by name; `common` goes to all.
 
-    Returns: one row a method: method, the scores, seconds of training, path. Runs that are complete in `out` are reused.
+    Returns: one row a method: method, the scores, seconds of training, path. Runs that are complete in `out` are
+    reused.
     """
     folder, rows, grids = Path(out), [], {}
     for name in names:
         kind = methods.find(name)
-        start = {"base": base} if kind.fine_tunes and base is not None else {}
+        start: dict[str, Any] = {"base": base} if kind.fine_tunes and base is not None else {}
         extra = {**common, **(options or {}).get(name, {})}
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **extra)
         if name == "ddpm" and base is None:
@@ -138,13 +156,28 @@ def compare(
         report.write_run(run.path)
         rows.append({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)})
         grids[name] = run.path / "samples" / f"step-{run.state.step}.png"
-    report.write_comparison(rows, folder / "report.html", title=f"Methods on {rows[0]['data'] if rows else data}", figures=grids)
+    report.write_comparison(
+        rows, folder / "report.html", title=f"Methods on {rows[0]['data'] if rows else data}", figures=grids
+    )
     return rows
 
 
 # What a fine-tuned run takes over from its base: all that says what the denoiser is and how it is sampled.
-SHARED = ("network", "dropout", "T", "schedule", "beta_1", "beta_T", "prediction", "data_range", "sampler", "sample_steps",
-          "eta", "variance", "clip_x0")  # fmt: skip
+SHARED = (
+    "network",
+    "dropout",
+    "T",
+    "schedule",
+    "beta_1",
+    "beta_T",
+    "prediction",
+    "data_range",
+    "sampler",
+    "sample_steps",
+    "eta",
+    "variance",
+    "clip_x0",
+)
 
 
 def _with_base(options: dict[str, Any], base: Run | None) -> dict[str, Any]:
@@ -188,7 +221,9 @@ def _prepare(folder: Path, settings: dict, resume: bool) -> bool:
         ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, json.loads(path.read_text())))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:
-            raise ValueError(f"out {folder} holds a run with other settings ({', '.join(different)}): it cannot be resumed so")
+            raise ValueError(
+                f"out {folder} holds a run with other settings ({', '.join(different)}): it cannot be resumed so"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples").mkdir(exist_ok=True)
     if not checkpoint.steps(folder):
@@ -213,7 +248,7 @@ def _warn_of_mismatch(method: Method) -> None:
     schedule = getattr(method, "schedule", None)
     if schedule is not None and schedule.prior_mismatch > MISMATCH:
         warnings.warn(
-            f"the schedule leaves sqrt(abar_T) = {schedule.prior_mismatch:.3f} of the data at t = T, but sampling starts from "
-            "pure noise: samples will be biased (schedule='linear-scaled' or 'cosine' reaches the prior)",
+            f"the schedule leaves sqrt(abar_T) = {schedule.prior_mismatch:.3f} of the data at t = T, but sampling "
+            "starts from pure noise: samples will be biased (schedule='linear-scaled' or 'cosine' reaches the prior)",
             stacklevel=3,
         )

@@ -61,7 +61,10 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
         "seed": (0, Seed),
         "preset": (None, Annotated[str | None, typer.Option(help=f"named settings: {presets}")]),
         "base": (None, Annotated[Path | None, typer.Option(help="run to start from (fine-tuning methods)")]),
-        "resume": (False, Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint, bit for bit")]),
+        "resume": (
+            False,
+            Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint, bit for bit")],
+        ),
         "device": ("auto", Device),
         "subset": (None, Annotated[int | None, typer.Option(help="train on so many samples, a fixed choice")]),
     }
@@ -82,7 +85,9 @@ def sample(
     run: Annotated[Path, typer.Argument(help="directory of a run")],
     n: Annotated[int, typer.Option(help="how many")] = 64,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="a .png (grid) or .npz (uint8 NHWC) [default: RUN/samples/seed-S.png]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a .png (grid) or .npz (uint8 NHWC) [default: RUN/samples/seed-S.png]")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a run."""
@@ -144,7 +149,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
         return
     typer.echo(f"diffgan_fast {facts['version']}, torch {facts['torch']}, devices: {', '.join(facts['devices'])}")
     for name, row in [*facts["backends"].items(), ("host", facts["host"])]:
-        details = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items() if k not in ("available", "reason")}
+        details = {
+            k: " ".join(v) if isinstance(v, list) else v for k, v in row.items() if k not in ("available", "reason")
+        }
         text = ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in details.items())
         state = "yes" if row["available"] else f"no: {row.get('reason', 'not built')}"
         typer.echo(f"  {name:<10} {state}{f'  ({text})' if text else ''}")
@@ -188,5 +195,3 @@ def main(arguments: list[str] | None = None) -> None:
     except errors as error:
         typer.echo(f"diffgan-fast: {error}", err=True)
         sys.exit(2)
-
-

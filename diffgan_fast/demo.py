@@ -7,7 +7,9 @@ from typing import Any
 
 from diffgan_fast.api import compare
 
-BASE = dict(steps=1500, batch_size=128, lr=2e-3, lr_schedule="cosine", T=200, ema=0.995, sampler="ddim", sample_steps=40)
+BASE = dict(
+    steps=1500, batch_size=128, lr=2e-3, lr_schedule="cosine", T=200, ema=0.995, sampler="ddim", sample_steps=40
+)
 TUNED = dict(steps=300, critic_steps=100, batch_size=128, ema=0.99)
 
 

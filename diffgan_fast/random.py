@@ -1,15 +1,16 @@
 """Keys, and random tensors that are functions of a key and an index.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Number i of a stream depends on
-(key, stream, i) alone: not on the device, the back end, the memory layout, the batch, or what was drawn before. A key is
-an int in [0, 2^63), or an int64 tensor with one key, or one a sample (then sample n is what a batch of one with key[n]
-would hold).
+(key, stream, i) alone: not on the device, the back end, the memory layout, the batch, or what was drawn before. A key
+is an int in [0, 2^63), or an int64 tensor with one key, or one a sample (then sample n is what a batch of one with
+key[n] would hold).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -33,6 +34,12 @@ def key_from(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64))
 
 
+@overload
+def fold_in(key: int, *data: int | str) -> int: ...
+@overload
+def fold_in(key: torch.Tensor, *data: int | str | torch.Tensor) -> torch.Tensor: ...
+@overload
+def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key: ...
 def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key:
     """A new key from a key and data (a step number, a purpose): Philox of the data words under the key.
 
@@ -45,10 +52,11 @@ def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key:
         An int in [0, 2^63), or an int64 tensor of such.
     """
     words = [_data_word(d) for d in data]
-    if isinstance(key, torch.Tensor) or any(isinstance(w, torch.Tensor) for w in words):
+    ints = [w for w in words if not isinstance(w, torch.Tensor)]
+    if isinstance(key, torch.Tensor) or len(ints) < len(words):
         return _philox.fold_tensors(key, words)
     check_key(key)
-    for word in words:
+    for word in ints:
         w = _philox.block_ints((word & 0xFFFFFFFF, word >> 32, 0xF01D, 1), (key & 0xFFFFFFFF, key >> 32))
         key = (w[0] | w[1] << 32) & KEY_MASK
     return key
@@ -78,16 +86,20 @@ def _make(draw: Draw, shape: Shape, key: Key, stream: int, first: int, high: int
     return fill_(out, draw, *key_arguments(key, out.device, samples, first), stream, first, high)
 
 
-def normal(shape: Shape, key: Key, *, stream: int = 0, first: int = 0, dtype=torch.float32, device=None) -> torch.Tensor:
+def normal(
+    shape: Shape, key: Key, *, stream: int = 0, first: int = 0, dtype=torch.float32, device=None
+) -> torch.Tensor:
     """Standard normals of `shape`, contiguous: numbers first, first + 1, … of a stream.
 
-    Box-Muller on u = ((w0 >> 9) + 0.5)/2^23 and 2 pi w1/2^32; |z| <= 5.77; float32 arithmetic within 5e-6 of that formula
-    (float64 where dtype is float64). dtype: float32, float64, float16 or bfloat16.
+    Box-Muller on u = ((w0 >> 9) + 0.5)/2^23 and 2 pi w1/2^32; |z| <= 5.77; float32 arithmetic within 5e-6 of that
+    formula (float64 where dtype is float64). dtype: float32, float64, float16 or bfloat16.
     """
     return _make(Draw.NORMAL, shape, key, stream, first, 0, dtype, device)
 
 
-def uniform(shape: Shape, key: Key, *, stream: int = 0, first: int = 0, dtype=torch.float32, device=None) -> torch.Tensor:
+def uniform(
+    shape: Shape, key: Key, *, stream: int = 0, first: int = 0, dtype=torch.float32, device=None
+) -> torch.Tensor:
     """Uniform numbers in [0, 1), multiples of 2^-24 (rounded in half types). Arguments as `normal`."""
     return _make(Draw.UNIFORM, shape, key, stream, first, 0, dtype, device)
 

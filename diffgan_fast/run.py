@@ -31,7 +31,8 @@ def build(method: Method, given: dict[str, nn.Module], seed: int, device: torch.
         torch.manual_seed(random.fold_in(random.key(seed), "networks"))
         nets = method.networks(given)
     layout = torch.channels_last if method.config.channels_last else torch.contiguous_format
-    nets = {name: net.to(device=device, memory_format=layout) for name, net in nets.items()}
+    # torch's stubs leave `memory_format` out
+    nets = {name: net.to(device=device, memory_format=layout) for name, net in nets.items()}  # type: ignore[call-overload]
     return State(nets, method.optimizers(nets), method.averaged, method.config)
 
 
@@ -91,9 +92,13 @@ class Run:
             raise ValueError(f"split must be 'train': {self.data_name!r} has no other")
         return data_sets.load(self._data, split=split)
 
-    def evaluate(self, n: int = 2000, *, metrics: Sequence[str] = ("fid", "kid", "is"), seed: int = 1,
-                 extractor: Any = None) -> dict[str, Any]:  # fmt: skip
-        """Measures n samples against the training data. See `metrics.evaluate`; the result is kept as evaluation.json."""
+    def evaluate(
+        self, n: int = 2000, *, metrics: Sequence[str] = ("fid", "kid", "is"), seed: int = 1, extractor: Any = None
+    ) -> dict[str, Any]:
+        """Measures n samples against the training data.
+
+        See `metrics.evaluate`; the result is kept as evaluation.json.
+        """
         held_out = self.reference("test") if self.data_name in data_sets.datasets() else None
         result = measures.evaluate(
             self.sample(n, seed), self.reference(), metrics=tuple(metrics), extractor=extractor, held_out=held_out
@@ -102,7 +107,10 @@ class Run:
         return result
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:
-        """Writes the sampling network's weights as one safetensors file for plain torch. An existing file is an error."""
+        """Writes the sampling network's weights as one safetensors file for plain torch.
+
+        An existing file is an error.
+        """
         path = Path(path)
         if path.exists():
             raise ValueError(f"path {path} exists already")

@@ -63,7 +63,7 @@ def sample(
         if on_step:
             on_step(t, x)
         out = model(x, torch.full((n,), told[t], dtype=torch.int64, device=device), **(cond or {})).to(x.dtype)
-        common = dict(prediction=prediction, clip_x0=clip_x0, first_sample=first_sample)
+        common: dict[str, Any] = dict(prediction=prediction, clip_x0=clip_x0, first_sample=first_sample)
         step_key = random.fold_in(key, t)
         if sampler == "ddpm":
             x = ops.ddpm_step(x, out, t, schedule, step_key, variance=variance, **common)

@@ -65,8 +65,11 @@ class Schedule(RowCache):
         self.posterior_mean_coef1 = before.sqrt() * self.betas / rest
         self.posterior_mean_coef2 = self.alphas.sqrt() * rest_before / rest
         self.posterior_variance = self.betas * rest_before / rest
-        for table, at_zero in ((self.posterior_mean_coef1, 1.0), (self.posterior_mean_coef2, 0.0),
-                               (self.posterior_variance, 0.0)):  # fmt: skip
+        for table, at_zero in (
+            (self.posterior_mean_coef1, 1.0),
+            (self.posterior_mean_coef2, 0.0),
+            (self.posterior_variance, 0.0),
+        ):
             table[0] = at_zero  # 0/0 above; clean data stay as they are
         # abar_0 = 1: the last step returns x_0 itself
         self.posterior_mean_coef1[1], self.posterior_mean_coef2[1], self.posterior_variance[1] = 1.0, 0.0, 0.0
@@ -95,14 +98,20 @@ class Schedule(RowCache):
 
     @classmethod
     def cosine(cls, T: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
-        """abar_t proportional to cos^2((t/T + s)/(1 + s) · pi/2), betas at most max_beta (Nichol and Dhariwal 2021, Eq. 17)."""
+        """abar_t proportional to cos^2((t/T + s)/(1 + s) · pi/2), betas at most max_beta.
+
+        Source: Nichol and Dhariwal 2021, Eq. 17.
+        """
         u = torch.arange(_steps(T) + 1, dtype=torch.float64) / T
         abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - abar[1:] / abar[:-1]).clamp_max(max_beta))
 
     @classmethod
     def vp(cls, T: int, beta_min: float = 0.1, beta_max: float = 20.0, eps: float = 1e-3) -> Schedule:
-        """The variance-preserving SDE sampled at T + 1 times from eps to 1 (Denoising Diffusion GAN, Xiao et al. 2022)."""
+        """The variance-preserving SDE sampled at T + 1 times from eps to 1.
+
+        Source: Denoising Diffusion GAN, Xiao et al. 2022.
+        """
         s = eps + (1 - eps) * torch.arange(_steps(T) + 1, dtype=torch.float64) / T
         log_abar = -0.5 * (beta_max - beta_min) * s**2 - beta_min * s
         return cls(-torch.expm1(log_abar[1:] - log_abar[:-1]))
@@ -128,7 +137,8 @@ class Schedule(RowCache):
         return self.rows("abar", torch.empty(0, dtype=torch.float64, device=device), lambda s: s.alphas_cumprod)
 
     def __repr__(self) -> str:
-        return f"Schedule(T={self.T}, betas={self.betas[1]:.3g}..{self.betas[-1]:.3g}, abar_T={self.alphas_cumprod[-1]:.3g})"
+        betas = f"{self.betas[1]:.3g}..{self.betas[-1]:.3g}"
+        return f"Schedule(T={self.T}, betas={betas}, abar_T={self.alphas_cumprod[-1]:.3g})"
 
 
 def _steps(T: int) -> int:

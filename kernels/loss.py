@@ -1,10 +1,11 @@
-"""The noise-prediction loss in Triton: the raw ops `residual` and `residual_sum` (see diffgan_fast/ops/loss.py)."""
+"""The noise-prediction loss in Triton: the raw ops `residual` and `residual_mean` (see diffgan_fast/ops/loss.py)."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
 from diffgan_fast.kernels import core
 from diffgan_fast.kernels.random import plus_noise
 
@@ -52,11 +53,11 @@ def residual(
     return out
 
 
-def residual_sum(
+def residual_mean(
     x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, t: torch.Tensor | None, row: int, key: int,
     key_t: torch.Tensor | None, first: int,
 ) -> torch.Tensor:  # fmt: skip
-    """The sum of w r^2, a scalar of the rows' type. float32, bfloat16 and float16; there is no float64 here.
+    """The mean of w r^2, a scalar of the rows' type. float32, bfloat16 and float16; there is no float64 here.
 
     Deterministic: a program sums its tile in float32, and torch the programs' sums in float64, both in a fixed order.
     """
@@ -64,4 +65,4 @@ def residual_sum(
     count = core.programs(named)
     partial = torch.empty(count, dtype=torch.float64, device=x.device)
     core.launch(_residual, x.device, count, scale=None, out=None, partial=partial, **named)
-    return partial.sum().to(rows.dtype)
+    return (partial.sum() / x.numel()).to(rows.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from diffgan_fast.kernels import core
 from diffgan_fast.kernels.random import normal4, plus_noise
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from diffgan_fast.kernels import core
 
 # What a word becomes: the values of `Draw` in diffgan_fast/ops/random.py.

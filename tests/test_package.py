@@ -80,7 +80,8 @@ s, x = dgf.Schedule.linear(10), torch.linspace(-1, 1, 5000).view(5, 1000)
 parts = [dgf.ops.add_noise(x, t, s, 3) for t in (0, 4, 10)] + [dgf.ops.ddpm_step(x, -x, 5, s, 4, clip_x0=True)]
 parts += [dgf.ops.noise_mse(x, 5).view(1, 1).expand(5, 1), dgf.ops.add_noise(x.half(), 4, s, 3).float()]
 parts += [dgf.ops.add_noise(x.bfloat16(), 4, s, 3).float(), dgf.random.bits((5, 1000), 9).float()]
-import sys, numpy as np; np.save(sys.stdout.buffer, torch.cat(parts, 1).numpy()); sys.stderr.write(dgf.info()["backends"]["cpu"]["in_use"])
+import sys, numpy as np; np.save(sys.stdout.buffer, torch.cat(parts, 1).numpy())
+sys.stderr.write(dgf.info()["backends"]["cpu"]["in_use"])
 """
     import io
 
@@ -108,7 +109,8 @@ def test_the_sdist_holds_the_native_sources(tmp_path):
     assert done.returncode == 0, done.stderr
     (archive,) = (copy / "dist").glob("*.tar.gz")
     names = {"/".join(n.split("/")[1:]) for n in tarfile.open(archive).getnames()}
-    wanted = {"csrc/philox.h", "csrc/cpu/kernels.h", "csrc/cuda/core.cuh", "csrc/host.cpp", "kernels/noise.py", "setup.py",
-              "diffgan_fast/data/digits.npz", "diffgan_fast/metrics/digits_classifier.safetensors", "LICENSE"}  # fmt: skip
+    wanted = {"csrc/philox.h", "csrc/cpu/kernels.h", "csrc/cuda/core.cuh", "csrc/host.cpp", "kernels/noise.py",
+              "setup.py", "LICENSE", "diffgan_fast/py.typed", "diffgan_fast/data/digits.npz",
+              "diffgan_fast/metrics/digits_classifier.safetensors"}  # fmt: skip
     assert wanted <= names, wanted - names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]

@@ -11,7 +11,7 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 3, t, row);
   const Dtype dtype = dtype_of(x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = uninitialized_like(x);
   const void *a = x.data_ptr(), *b = data_like(x, y, "x0");
   void* o = out.data_ptr();
   STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1 && scale.scalar_type() == rows.scalar_type(),
@@ -23,7 +23,7 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
 }
 
 // Partial sums stand in the order of the chunks, whatever the number of threads: the result is always the same.
-Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
+Tensor residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
                     int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 3, t, row);
@@ -33,7 +33,8 @@ Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t
   for_chunks(g, [&](int64_t c) { return kernels().residual(g, dtype, a, b, 1.0, nullptr, &partial[static_cast<size_t>(c)], c); });
   double total = 0;
   for (double p : partial) total += p;
-  Tensor out = torch::stable::new_empty(rows, {});
+  total /= static_cast<double>(g.n);
+  Tensor out = uninitialized(rows, 0, nullptr, nullptr);
   if (dtype == Dtype::f64) {
     *static_cast<double*>(out.data_ptr()) = total;
   } else {
@@ -47,5 +48,5 @@ Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t
 
 STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CPU, m) {
   m.impl("residual", TORCH_BOX(&dgf::residual));
-  m.impl("residual_sum", TORCH_BOX(&dgf::residual_sum));
+  m.impl("residual_mean", TORCH_BOX(&dgf::residual_mean));
 }

@@ -50,7 +50,7 @@ Tensor philox4x32_rows(Tensor counter, Tensor key) {
   STD_TORCH_CHECK(counter.is_contiguous() && key.is_contiguous() && counter.size(1) == 4 && key.size(1) == 2 &&
                       counter.size(0) == key.size(0),
                   "diffgan_fast: counter is [n, 4] and key [n, 2], contiguous");
-  Tensor out = torch::stable::empty_like(counter);
+  Tensor out = uninitialized_like(counter);
   const auto *c = static_cast<const int64_t*>(counter.data_ptr()), *k = static_cast<const int64_t*>(key.data_ptr());
   auto* o = static_cast<int64_t*>(out.data_ptr());
   for (int64_t i = 0; i < counter.size(0); ++i) {

@@ -9,7 +9,7 @@ Tensor step(Tensor x, Tensor e, MaybeTensor e_uncond, MaybeTensor logit_grad, Te
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 8, t, row);
   const Dtype dtype = dtype_of(x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = uninitialized_like(x);
   const StepArgs args{x.data_ptr(),
                       data_like(x, e, "the prediction"),
                       data_like(x, e_uncond, "eps_uncond"),

@@ -86,12 +86,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kFinal) sum_partials(const double* partial, unsigned count, void* out) {
+__global__ void __launch_bounds__(kFinal) mean_of_partials(const double* partial, unsigned count, int64_t n,
+                                                            void* out) {
   double total = 0;
 #pragma unroll 4
   for (unsigned i = threadIdx.x; i < count; i += kFinal) total += partial[i];
   total = block_sum<kFinal>(total);
-  if (threadIdx.x == 0) *static_cast<A*>(out) = static_cast<A>(total);
+  if (threadIdx.x == 0) *static_cast<A*>(out) = static_cast<A>(total / static_cast<double>(n));
 }
 
 Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, Tensor scale, int64_t key,
@@ -100,7 +101,7 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
   set_rows(g, x, rows, 3, t, row);
   STD_TORCH_CHECK(same_device(x, scale) && scale.numel() == 1 && scale.scalar_type() == rows.scalar_type(),
                   "diffgan_fast: scale is one number of the rows' type on x's device");
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = uninitialized_like(x);
   const void *a = x.data_ptr(), *b = data_like(x, y, "x0"), *factor = scale.data_ptr();
   void* o = out.data_ptr();
   with_dtype(dtype_of(x), [&](auto element) {
@@ -110,12 +111,12 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
   return out;
 }
 
-Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
+Tensor residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
                     int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 3, t, row);
   const void *a = x.data_ptr(), *b = data_like(x, y, "x0");
-  Tensor out = torch::stable::new_empty(rows, {});
+  Tensor out = uninitialized(rows, 0, nullptr, nullptr);
   void* o = out.data_ptr();
   const OnDevice on(x);
   with_dtype(dtype_of(x), [&](auto element) {
@@ -128,7 +129,7 @@ Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t
         sum_units<E, decltype(packed)::value><<<blocks, kThreads, 0, on.stream()>>>(w, {a, b}, sums);
         DGF_CUDA_CHECK(cudaGetLastError());
       }
-      sum_partials<typename E::A><<<1, kFinal, 0, on.stream()>>>(sums, blocks, o);
+      mean_of_partials<typename E::A><<<1, kFinal, 0, on.stream()>>>(sums, blocks, g.n, o);
       DGF_CUDA_CHECK(cudaGetLastError());
     });
   });
@@ -140,5 +141,5 @@ Tensor residual_sum(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t
 
 STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CUDA, m) {
   m.impl("residual", TORCH_BOX(&dgf::residual));
-  m.impl("residual_sum", TORCH_BOX(&dgf::residual_sum));
+  m.impl("residual_mean", TORCH_BOX(&dgf::residual_mean));
 }

@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> add_noise(Tensor x, Tensor rows, MaybeTensor t, int64
                                      MaybeTensor key_t, int64_t first, bool return_noise) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 2, t, row);
-  Tensor out = torch::stable::empty_like(x);
-  Tensor noise = return_noise ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor out = uninitialized_like(x);
+  Tensor noise = return_noise ? uninitialized_like(x) : uninitialized_vector(x, 0);
   const void* in = x.data_ptr();
   void *o = out.data_ptr(), *z = return_noise ? noise.data_ptr() : nullptr;
   with_dtype(dtype_of(x), [&](auto element) {
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> noise_pair(Tensor x, Tensor rows, MaybeTensor t, int6
                                       int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 4, t, row);
-  Tensor previous = torch::stable::empty_like(x), current = torch::stable::empty_like(x);
+  Tensor previous = uninitialized_like(x), current = uninitialized_like(x);
   const void* in = x.data_ptr();
   void *p = previous.data_ptr(), *q = current.data_ptr();
   with_dtype(dtype_of(x), [&](auto element) {

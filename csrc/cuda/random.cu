@@ -100,7 +100,7 @@ Tensor philox4x32_rows(Tensor counter, Tensor key) {
   const int64_t n = counter.size(0);
   STD_TORCH_CHECK(counter.size(1) == 4 && key.size(1) == 2 && key.size(0) == n,
                   "diffgan_fast: counter is [n, 4] and key [n, 2]");
-  Tensor out = torch::stable::empty_like(counter);
+  Tensor out = uninitialized_like(counter);
   if (n == 0) return out;
   const OnDevice on(counter);
   philox_rows<<<block_count(n, kThreads), kThreads, 0, on.stream()>>>(

@@ -47,7 +47,7 @@ Tensor step(Tensor x, Tensor e, MaybeTensor e_uncond, MaybeTensor logit_grad, Te
             double guidance_scale, double logit_scale, bool clip, int64_t key, MaybeTensor key_t, int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 8, t, row);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = uninitialized_like(x);
   const void *a = x.data_ptr(), *b = data_like(x, e, "the prediction");
   const void *c = data_like(x, e_uncond, "eps_uncond"), *d = data_like(x, logit_grad, "logit_grad");
   void* o = out.data_ptr();

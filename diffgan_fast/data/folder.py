@@ -47,9 +47,7 @@ class _Files:
             if size is not None:
                 side = min(image.size)
                 left, top = (image.width - side) // 2, (image.height - side) // 2
-                square = image.crop(
-                    (left, top, left + side, top + side)
-                )  # resize's box= would look beyond it
+                square = image.crop((left, top, left + side, top + side))  # resize's box= would look beyond it
                 image = square.resize((size, size), Image.Resampling.LANCZOS)
             return np.asarray(image).reshape(image.height, image.width, -1)
 

@@ -57,9 +57,7 @@ def read_idx_pair(paths: tuple[Path, ...], split: str) -> Arrays:
     """
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     if len(images) != len(labels):
-        raise ValueError(
-            f"{paths[1]}: expected {len(images)} labels (as {paths[0].name}), found {len(labels)}"
-        )
+        raise ValueError(f"{paths[1]}: expected {len(images)} labels (as {paths[0].name}), found {len(labels)}")
     return images[:, None], labels.astype(np.int64)
 
 

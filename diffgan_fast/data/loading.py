@@ -102,9 +102,7 @@ def _collect(data) -> Data:
     if not parts:
         raise ValueError("data is empty; it must hold at least one sample")
     if labels and len(labels) != len(parts):
-        raise ValueError(
-            f"data must give labels with all or no items, not with {len(labels)} of {len(parts)}"
-        )
+        raise ValueError(f"data must give labels with all or no items, not with {len(labels)} of {len(parts)}")
     try:
         values = torch.cat(parts)
     except RuntimeError as error:

@@ -56,9 +56,7 @@ def _find_cifar10(folder: Path, split: str) -> tuple[Path, ...] | None:
 
 def _idx_md5(*sums: str) -> dict[str, dict[str, str]]:
     """Checksums of the four files: training images and labels, test images and labels."""
-    train, test = (
-        (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz") for stem in ("train", "t10k")
-    )
+    train, test = ((f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz") for stem in ("train", "t10k"))
     return {"train": dict(zip(train, sums[:2], strict=True)), "test": dict(zip(test, sums[2:], strict=True))}
 
 

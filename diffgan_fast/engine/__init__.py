@@ -6,4 +6,15 @@ from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.state import State, evaluating, make_adam
 
-__all__ = ["Batch", "Feed", "Loop", "Method", "State", "TrainConfig", "TrainingError", "evaluating", "make_adam", "option"]
+__all__ = [
+    "Batch",
+    "Feed",
+    "Loop",
+    "Method",
+    "State",
+    "TrainConfig",
+    "TrainingError",
+    "evaluating",
+    "make_adam",
+    "option",
+]

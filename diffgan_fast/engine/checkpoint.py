@@ -52,7 +52,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(folder: Path, state: State) -> dict[str, Any]:
-    """Brings a state to the newest checkpoint of a run folder. Returns what `save` was given as `extra`, and the step."""
+    """Brings a state to the newest checkpoint of a run folder.
+
+    Returns what `save` was given as `extra`, and the step.
+    """
     found = steps(folder)
     if not found:
         raise ValueError(f"{folder} has no checkpoint")
@@ -69,9 +72,9 @@ def load(folder: Path, state: State) -> dict[str, Any]:
     for name, optimizer in state.optimizers.items():
         stored: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
-            owner, index, field = key.split("/")
+            owner, number, field = key.split("/")
             if owner == name:
-                stored.setdefault(int(index), {})[field] = value
+                stored.setdefault(int(number), {})[field] = value
         for index, p in enumerate(optimizer.param_groups[0]["params"]):
             for field, value in stored.get(index, {}).items():
                 if value.shape == p.shape:  # the fused optimisers take moments to lie in memory as their parameter does
@@ -84,11 +87,11 @@ def load(folder: Path, state: State) -> dict[str, Any]:
 
 
 def _tensors(state: State) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for kind, modules in (("net", state.nets), ("ema", state.ema)):
         for name, module in modules.items():
             weights |= {f"{kind}.{name}.{k}": v for k, v in module.state_dict().items()}
-    moments = {}
+    moments: dict[str, torch.Tensor] = {}
     for name, optimizer in state.optimizers.items():
         for index, values in optimizer.state_dict()["state"].items():
             moments |= {f"{name}/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}

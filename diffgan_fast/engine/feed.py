@@ -16,8 +16,16 @@ class Feed:
     and no batch is short. Batch `step` depends on the seed and on `step` alone.
     """
 
-    def __init__(self, data: Data, batch_size: int, seed_key: int, device: torch.device, *, flip: bool = False,
-                 channels_last: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        seed_key: int,
+        device: torch.device,
+        *,
+        flip: bool = False,
+        channels_last: bool = False,
+    ):
         self.data, self.batch_size, self.device = data.to(device), batch_size, device
         self._key, self._flip = random.fold_in(seed_key, "order"), flip
         self._channels_last = channels_last and len(data.shape) == 3

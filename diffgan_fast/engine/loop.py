@@ -25,17 +25,26 @@ class TrainingError(RuntimeError):
 class Loop:
     """Runs a method's steps from `state.step` to `config.steps`.
 
-    Everything random in step s is a function of (seed, s): no generator state is kept, and a run that was stopped goes on
-    bit for bit. Losses stay on the device until a row is logged.
+    Everything random in step s is a function of (seed, s): no generator state is kept, and a run that was stopped goes
+    on bit for bit. Losses stay on the device until a row is logged.
 
     Args:
         on_log: called with each row that was written.
         on_sample: called at every `sample_every`-th step.
     """
 
-    def __init__(self, method: Method, state: State, feed: Feed, folder: Path, seed: int, *, progress: bool = True,
-                 on_log: Callable[[dict], None] = lambda row: None,
-                 on_sample: Callable[[int], None] = lambda step: None):  # fmt: skip
+    def __init__(
+        self,
+        method: Method,
+        state: State,
+        feed: Feed,
+        folder: Path,
+        seed: int,
+        *,
+        progress: bool = True,
+        on_log: Callable[[dict], object] = lambda row: None,
+        on_sample: Callable[[int], None] = lambda step: None,
+    ):
         self.method, self.state, self.feed, self.folder = method, state, feed, folder
         self.config, self.progress = method.config, progress
         self.on_log, self.on_sample = on_log, on_sample

@@ -25,8 +25,8 @@ class Batch:
 class Method(ABC):
     """One training method. A subclass is one file that reads like the algorithm box of its paper.
 
-    Attributes: `name` and `help` (for lists and the command line), `Config` (its settings), `fine_tunes` (whether it starts
-    from a trained `ddpm`).
+    Attributes: `name` and `help` (for lists and the command line), `Config` (its settings), `fine_tunes` (whether it
+    starts from a trained `ddpm`).
     """
 
     name: ClassVar[str]

@@ -28,8 +28,13 @@ class State:
         config: decay, clipping and the learning-rate schedule.
     """
 
-    def __init__(self, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], averaged: tuple[str, ...],
-                 config: TrainConfig):  # fmt: skip
+    def __init__(
+        self,
+        nets: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        averaged: tuple[str, ...],
+        config: TrainConfig,
+    ):
         self.nets, self.optimizers, self.config = nets, optimizers, config
         self.step = 0
         self._base_lr = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
@@ -70,7 +75,11 @@ class State:
     def lr_factor(self) -> float:
         """What the base learning rates are multiplied by at this step."""
         c, progress = self.config, self.step / max(self.config.steps, 1)
-        factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))), "exponential": 0.1**progress}
+        factor = {
+            "constant": 1.0,
+            "cosine": 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))),
+            "exponential": 0.1**progress,
+        }
         return factor[c.lr_schedule] * (min(1.0, (self.step + 1) / c.warmup) if c.warmup else 1.0)
 
     @torch.no_grad()

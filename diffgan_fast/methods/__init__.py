@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
 from diffgan_fast.methods import ddpm, method3, method35
 
-_ALL: dict[str, type[Method]] = {m.name: m for m in (ddpm.DDPM, method3.Method3, method35.Method35)}
+_KINDS: tuple[type[Method], ...] = (ddpm.DDPM, method3.Method3, method35.Method35)
+_ALL = {kind.name: kind for kind in _KINDS}
 
 __all__ = ["ddpm", "find", "method3", "method35"]
 
@@ -27,5 +29,10 @@ class _Methods(ModuleType):
         """Each method's name with a line of help."""
         return {name: method.help for name, method in _ALL.items()}
 
+    if TYPE_CHECKING:
+        find = staticmethod(find)
+
 
 sys.modules[__name__].__class__ = _Methods
+if TYPE_CHECKING:
+    package: _Methods  # this module, as type checkers should see it: to them no module is callable

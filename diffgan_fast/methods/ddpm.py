@@ -56,7 +56,9 @@ class DDPM(DiffusionMethod):
         x0, first = self.to_model(batch.x), batch.first_sample
         t = self.draw_t(len(x0), key, first, x0.device)
         noise_key = random.fold_in(key, "noise")
-        loss = losses(state["denoiser"], x0, t, self.schedule, noise_key, prediction=self.config.prediction, first_sample=first)
+        loss = losses(
+            state["denoiser"], x0, t, self.schedule, noise_key, prediction=self.config.prediction, first_sample=first
+        )
         state.update("denoiser", loss)
         return {"loss": loss}
 

@@ -14,10 +14,17 @@ from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
 from diffgan_fast.schedule import Prediction, Schedule
 
-# The reference's MNIST set-up (facts of the source document): its small U-Net, pixels in [0, 1], 300 linear steps that do
-# not reach the prior, ancestral sampling with variance beta.
+# The reference's MNIST set-up (facts of the source document): its small U-Net, pixels in [0, 1], 300 linear steps that
+# do not reach the prior, ancestral sampling with variance beta.
 STUDENT: dict[str, Any] = dict(
-    network="student", data_range="unit", T=300, schedule="linear", beta_1=1e-4, beta_T=0.02, variance="beta", clip_x0=False
+    network="student",
+    data_range="unit",
+    T=300,
+    schedule="linear",
+    beta_1=1e-4,
+    beta_T=0.02,
+    variance="beta",
+    clip_x0=False,
 )
 
 
@@ -31,12 +38,15 @@ class DiffusionConfig(TrainConfig):
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=1)
     T: int = option(300, "diffusion steps", unit="steps", low=1)
     schedule: Literal["linear-scaled", "linear", "quadratic", "cosine"] = option(
-        "linear-scaled", "betas; linear-scaled is the linear schedule of 1000 steps, scaled to T so that it reaches the prior"
+        "linear-scaled",
+        "betas; linear-scaled is the linear schedule of 1000 steps, scaled to T so that it reaches the prior",
     )
     beta_1: float = option(1e-4, "first beta of linear and quadratic", low=0, high=1)
     beta_T: float = option(0.02, "last beta of linear and quadratic", low=0, high=1)
     prediction: Prediction = option("eps", "what the denoiser predicts")
-    data_range: Literal["signed", "unit"] = option("signed", "pixels in [-1, 1], or in [0, 1] as the source document has them")
+    data_range: Literal["signed", "unit"] = option(
+        "signed", "pixels in [-1, 1], or in [0, 1] as the source document has them"
+    )
     sampler: Sampler = option("ddpm", "how samples are drawn")
     sample_steps: int | None = option(None, "sampling steps (none: all T)", unit="steps", low=1)
     eta: float = option(0.0, "noise of the ddim sampler", low=0, high=1)
@@ -62,7 +72,9 @@ class DiffusionMethod(Method):
     def make_denoiser(self) -> nn.Module:
         """A new denoiser for this data."""
         if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
-            raise ValueError(f"data must be square images [N, C, S, S] for method {self.name!r}, got shape {list(self.shape)}")
+            raise ValueError(
+                f"data must be square images [N, C, S, S] for method {self.name!r}, got shape {list(self.shape)}"
+            )
         channels, size, _ = self.shape
         if self.config.network == "student":
             return nets.StudentUNet(channels, T=self.config.T)
@@ -85,10 +97,21 @@ class DiffusionMethod(Method):
         device = next(net.parameters()).device
         with evaluating(net):
             x = sample(
-                net, (n, *self.shape), self.schedule, key,
-                sampler=c.sampler, steps=c.sample_steps, eta=c.eta, variance=c.variance, prediction=c.prediction,
-                clip_x0=c.clip_x0, first_sample=first, channels_last=c.channels_last, device=device, on_step=on_step,
-            )  # fmt: skip
+                net,
+                (n, *self.shape),
+                self.schedule,
+                key,
+                sampler=c.sampler,
+                steps=c.sample_steps,
+                eta=c.eta,
+                variance=c.variance,
+                prediction=c.prediction,
+                clip_x0=c.clip_x0,
+                first_sample=first,
+                channels_last=c.channels_last,
+                device=device,
+                on_step=on_step,
+            )
         return self.to_images(x).contiguous()
 
 
@@ -103,7 +126,9 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
 
 
 @torch.no_grad()
-def noise_levels(method: DiffusionMethod, net: nn.Module, x: torch.Tensor, key: int, levels: int = 10) -> dict[str, list]:
+def noise_levels(
+    method: DiffusionMethod, net: nn.Module, x: torch.Tensor, key: int, levels: int = 10
+) -> dict[str, list]:
     """How a noise-predicting denoiser does at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
 
     log_var_eps is the log variance of its output. The Bayes-optimal one lies below 0 (for N(0, 1) data it is

@@ -1,7 +1,7 @@
 """Method 3: a critic on the noise alone ("Exploring the Combination of Diffusion Models and GANs", §4.2).
 
-The critic sees eps or eps_hat and nothing else. Since the best possible eps_hat has less variance than eps, such a critic
-can tell even a perfect denoiser from noise: see the curve of log Var(eps_hat) by t in a run's report.
+The critic sees eps or eps_hat and nothing else. Since the best possible eps_hat has less variance than eps, such a
+critic can tell even a perfect denoiser from noise: see the curve of log Var(eps_hat) by t in a run's report.
 """
 
 from dataclasses import dataclass

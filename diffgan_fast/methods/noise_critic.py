@@ -1,7 +1,7 @@
 """Fine-tuning a denoiser with a critic that judges noise: what methods 3 and 3.5 share.
 
-Source: "Exploring the Combination of Diffusion Models and Generative Adversarial Networks", §4.2. The critic tells the true
-noise eps from the predicted noise eps_hat(x_t, t); the denoiser is trained to pass as true noise.
+Source: "Exploring the Combination of Diffusion Models and Generative Adversarial Networks", §4.2. The critic tells the
+true noise eps from the predicted noise eps_hat(x_t, t); the denoiser is trained to pass as true noise.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class NoiseCriticConfig(DiffusionConfig):
     mse_weight: float = option(0.0, "weight of the noise-prediction loss beside the adversarial one", low=0)
     inputs: Literal["eps", "eps,t", "eps,x_t", "eps,x_t,t"] = option("eps", "what the critic sees")
     forwards: Literal["one", "two"] = option(
-        "one", "runs of the denoiser a step: one for both losses, or one each as in the source's code (eval mode for the critic)"
+        "one",
+        "runs of the denoiser a step: one for both losses, or one each as in the source's code (eval mode for the "
+        "critic)",
     )
 
 

@@ -119,9 +119,7 @@ def _check(samples: Tensor, data: Data, metrics, extractor) -> None:
         raise ValueError(f"extractor must be a callable: images -> features [n, d], not {extractor!r}")
 
 
-def _real_pair(
-    data: Data, held_out: Data | None, real: Extracted, n: int, extractor
-) -> tuple[Extracted, Extracted]:
+def _real_pair(data: Data, held_out: Data | None, real: Extracted, n: int, extractor) -> tuple[Extracted, Extracted]:
     """Reference and up to n real images in place of samples: held out, or the other half of the reference."""
     if held_out is not None:
         chosen = held_out.subset(min(n, len(held_out)))

@@ -75,9 +75,7 @@ class DomainClassifier(nn.Module):
             ValueError: images of another shape.
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
-            raise ValueError(
-                f"images must be [n, {', '.join(map(str, self.shape))}], not {list(images.shape)}"
-            )
+            raise ValueError(f"images must be [n, {', '.join(map(str, self.shape))}], not {list(images.shape)}")
         features = self.body(quantise(images))
         return features, self.head(features)
 

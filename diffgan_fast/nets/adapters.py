@@ -1,5 +1,7 @@
 """Networks of other libraries as our denoisers."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -39,7 +41,7 @@ def from_diffusers(unet: nn.Module) -> DiffusersDenoiser:
     Raises:
         ValueError: `unet` is not such a network, or has more outputs than inputs (a learned variance).
     """
-    config = getattr(unet, "config", None)
+    config: Any = getattr(unet, "config", None)
     if not isinstance(unet, nn.Module) or not hasattr(config, "in_channels"):
         raise ValueError(f"unet is a {type(unet).__name__}; it must be a diffusers UNet2DModel")
     if config.in_channels != config.out_channels:

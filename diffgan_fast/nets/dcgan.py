@@ -76,7 +76,8 @@ class DCGANCritic(nn.Module):
         self.channels, self.size, self.inputs, self.T = channels, size, tuple(inputs), T
 
         here = channels * (1 + ("x_t" in inputs)) + ("t" in inputs)
-        layers, out = [], width
+        layers: list[nn.Module] = []
+        out = width
         while size > 3:
             layers.append(nn.Conv2d(here, out, 4, stride=2, padding=1, bias=False))
             if len(layers) > 1:
@@ -113,8 +114,10 @@ class DCGANCritic(nn.Module):
                 raise ValueError(f"{name} is None; it must be given to a critic with inputs={self.inputs}")
         parts = [x]
         if "x_t" in self.inputs:
+            assert x_t is not None  # checked above
             parts.append(x_t)
         if "t" in self.inputs:
+            assert t is not None and self.T is not None  # checked above, and when the critic was made
             level = time_fraction(t, self.T, x.dtype)
             parts.append(level[:, None, None, None].expand(-1, 1, *x.shape[2:]))
         return torch.cat(parts, dim=1)

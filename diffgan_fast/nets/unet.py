@@ -1,6 +1,7 @@
 """The U-Net of DDPM (Ho et al. 2020, App. B), with optional class labels."""
 
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, check_labels
 from .embedding import sinusoidal
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 PRESETS = {
     8: dict(width=32, multipliers=(1, 2), blocks=1, attention=(4,)),
@@ -22,10 +25,10 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
+def zeroed(layer: Layer) -> Layer:
     """`layer` with its weight and bias set to zero, so that the branch it ends starts as no change."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -100,7 +103,7 @@ class UpLevel(nn.Module):
     def __init__(self, blocks: list[Block], channels: int, grow: bool):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.grow = nn.Identity()
+        self.grow: nn.Module = nn.Identity()
         if grow:
             conv = nn.Conv2d(channels, channels, 3, padding=1)
             self.grow = nn.Sequential(nn.Upsample(scale_factor=2), conv)

@@ -2,8 +2,8 @@
 
     residual r = x + b_t y + s_t z;   loss = mean of w r^2;   gradient = 2 w r / numel
 
-x is the network's output; (b, s) = (0, -1) for eps, (-1, 0) for x0 and (sqrt(1 - abar), -sqrt(abar)) for v, with y = x0.
-Raw rows are (w, b, s).
+x is the network's output; (b, s) = (0, -1) for eps, (-1, 0) for x0 and (sqrt(1 - abar), -sqrt(abar)) for v, with
+y = x0. Raw rows are (w, b, s).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def _residual_reference(x, y, rows, t, row, scale, key, key_t, first):
     return (scale * w * r).to(x.dtype)
 
 
-def _sum_reference(x, y, rows, t, row, key, key_t, first):
+def _mean_reference(x, y, rows, t, row, key, key_t, first):
     w, r = _parts(x, y, rows, t, row, key, key_t, first)
-    return (w.double() * r.double().square()).sum().to(rows.dtype)
+    return (w.double() * r.double().square()).mean().to(rows.dtype)
 
 
 _ARGUMENTS = "Tensor x, Tensor? y, Tensor rows, Tensor? t, SymInt row, "
@@ -42,55 +42,52 @@ _RESIDUAL = Op(
     _residual_reference,
     lambda x, *_: torch.empty_like(x),
 )
-_RESIDUAL_SUM = Op(
+_RESIDUAL_MEAN = Op(
     "loss",
-    "residual_sum",
+    "residual_mean",
     f"({_ARGUMENTS}{_NOISE}) -> Tensor",
-    _sum_reference,
+    _mean_reference,
     lambda x, y, rows, *_: rows.new_empty(()),
 )
 
 
 class _Residual(torch.autograd.Function):
-    """scale w r, linear in x and in scale: the backward with respect to x is plain torch."""
+    """w r, linear in x: the backward is plain torch. `constants`: y and what follows in the raw op, without scale."""
 
     @staticmethod
-    def forward(x, y, high, rows, t, row, scale, *noise):
-        return support.call(_RESIDUAL.on(x.device.type), t, 0, high, x, y, rows, t, row, scale, *noise)
+    def forward(x, constants):
+        y, rows, t, row, *noise = constants
+        return _RESIDUAL.on(x.device.type)(x, y, rows, t, row, rows.new_ones(()), *noise)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, _, rows, t, ctx.row, scale = inputs[:7]
-        ctx.save_for_backward(rows, t, scale)
+        ctx.rows = inputs[1][1:4]
 
     @staticmethod
     def backward(ctx, grad):
-        rows, t, scale = ctx.saved_tensors
-        w = support.pick_rows(rows, t, ctx.row, grad)[0]
-        return ((grad * w * scale).to(grad.dtype), *[None] * 9)
+        return (grad * support.pick_rows(*ctx.rows, grad)[0]).to(grad.dtype), None
 
 
 class _Loss(torch.autograd.Function):
+    """The mean of w r^2, with `constants` as above."""
+
     @staticmethod
-    def forward(x, y, high, rows, t, row, *noise):
-        total = support.call(_RESIDUAL_SUM.on(x.device.type), t, 0, high, x, y, rows, t, row, *noise)
-        return total / x.numel()
+    def forward(x, high, constants):
+        return support.call(_RESIDUAL_MEAN.on(x.device.type), constants[2], 0, high, x, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, ctx.high, rows, t, ctx.row, ctx.key, key_t, ctx.first = inputs
-        ctx.save_for_backward(x, y, rows, t, key_t)
+        x, _, ctx.constants = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, y, rows, t, key_t = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         scale = grad * (2 / max(x.numel(), 1))
-        head, noise = (x, y, ctx.high, rows, t, ctx.row), (ctx.key, key_t, ctx.first)
-        if not torch.is_grad_enabled():
-            out = _RESIDUAL.on(x.device.type)(x, y, rows, t, ctx.row, scale, *noise)
-        else:  # create_graph: the product with the incoming gradient stays in the graph
-            out = (_residual(*head, torch.ones_like(scale), *noise) * scale).to(x.dtype)
-        return (out, *[None] * 8)
+        if torch.is_grad_enabled():  # create_graph: the product with the incoming gradient stays in the graph
+            return (_residual(x, ctx.constants) * scale).to(x.dtype), None, None
+        y, rows, t, row, *noise = ctx.constants
+        return _RESIDUAL.on(x.device.type)(x, y, rows, t, row, scale, *noise), None, None
 
 
 _residual = support.differentiable(_Residual)
@@ -128,8 +125,8 @@ def _loss(x, y, rows, steps, row, high, key, weight, first_sample):
         steps, row = None, -1
     first = support.first_element(first_sample, x)
     key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
-    args = (x, y, high, rows, steps, row, key, key_t, first)
-    return _mean_square(*args) if support.needs_autograd(x) else _Loss.forward(*args)
+    constants = (y, rows, steps, row, key, key_t, first)
+    return (_mean_square if support.needs_autograd(x) else _Loss.forward)(x, high, constants)
 
 
 def noise_mse(

@@ -7,6 +7,8 @@ Raw rows are (a, s): out = a x + s sigma z.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from diffgan_fast.ops import support
@@ -58,56 +60,49 @@ _NOISE_PAIR = Op(
 
 
 class _AddNoise(torch.autograd.Function):
-    """Linear in x: the backward and the tangent are a[t] times the incoming one, in plain torch, so every order holds."""
+    """Linear in x: backward and tangent are a[t] times the incoming one, in plain torch, so every order holds.
+
+    `constants` are the raw op's arguments after x; in one tuple, since torch looks at every argument of a Function.
+    """
 
     @staticmethod
-    def forward(x, low_high, rows, t, row, *rest):
-        return support.call(_ADD_NOISE.on(x.device.type), t, *low_high, x, rows, t, row, *rest)
+    def forward(x, high, constants):
+        return support.call(_ADD_NOISE.on(x.device.type), constants[1], 0, high, x, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, rows, t, row = inputs[:5]
+        ctx.rows = inputs[2][:3]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, t)
-        ctx.save_for_forward(rows, t)
-        ctx.row = row
 
     @staticmethod
     def backward(ctx, grad, _):
-        rows, t = ctx.saved_tensors
-        return (None if grad is None else _scaled(grad, rows, t, ctx.row, 0), *[None] * 9)
+        return (None if grad is None else _scaled(grad, *ctx.rows, 0)), None, None
 
     @staticmethod
     def tangent(ctx, tangent, *_):
-        rows, t = ctx.saved_tensors
-        return _scaled(tangent, rows, t, ctx.row, 0), None
+        return _scaled(tangent, *ctx.rows, 0), None
 
 
 class _NoisePair(torch.autograd.Function):
     """Linear in x, as `_AddNoise`."""
 
     @staticmethod
-    def forward(x, low_high, rows, t, row, *rest):
-        return support.call(_NOISE_PAIR.on(x.device.type), t, *low_high, x, rows, t, row, *rest)
+    def forward(x, high, constants):
+        return support.call(_NOISE_PAIR.on(x.device.type), constants[1], 1, high, x, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, rows, t, row = inputs[:5]
-        ctx.save_for_backward(rows, t)
-        ctx.save_for_forward(rows, t)
-        ctx.row = row
+        ctx.rows = inputs[2][:3]
 
     @staticmethod
     def backward(ctx, previous, current):
-        rows, t = ctx.saved_tensors
-        return (_scaled(previous + _scaled(current, rows, t, ctx.row, 2), rows, t, ctx.row, 0), *[None] * 7)
+        return _scaled(previous + _scaled(current, *ctx.rows, 2), *ctx.rows, 0), None, None
 
     @staticmethod
     def tangent(ctx, tangent, *_):
-        rows, t = ctx.saved_tensors
-        previous = _scaled(tangent, rows, t, ctx.row, 0)
-        return previous, _scaled(previous, rows, t, ctx.row, 2)
+        previous = _scaled(tangent, *ctx.rows, 0)
+        return previous, _scaled(previous, *ctx.rows, 2)
 
 
 _add_noise = support.differentiable(_AddNoise)
@@ -130,6 +125,30 @@ def _pair_rows(schedule: Schedule) -> torch.Tensor:
     return rows
 
 
+@overload
+def add_noise(
+    x0: torch.Tensor,
+    t: int | torch.Tensor,
+    schedule: Schedule,
+    key: int | torch.Tensor,
+    *,
+    sigma: float = 1.0,
+    noise: torch.Tensor | None = None,
+    return_noise: Literal[False] = False,
+    first_sample: int = 0,
+) -> torch.Tensor: ...
+@overload
+def add_noise(
+    x0: torch.Tensor,
+    t: int | torch.Tensor,
+    schedule: Schedule,
+    key: int | torch.Tensor,
+    *,
+    sigma: float = 1.0,
+    noise: torch.Tensor | None = None,
+    return_noise: Literal[True],
+    first_sample: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def add_noise(
     x0: torch.Tensor,
     t: int | torch.Tensor,
@@ -147,7 +166,8 @@ def add_noise(
 
     Args:
         x0: [N, …] clean data, float32, float64, float16 or bfloat16; contiguous or channels_last.
-        t: int, or int64 [N] (or [N, C], a level a channel) on x0's device, in 0..T. At t = 0 the result is x0, bit for bit.
+        t: int, or int64 [N] (or [N, C], a level a channel) on x0's device, in 0..T. At t = 0 the result is x0, bit for
+            bit.
         schedule: the noise schedule.
         key: int in [0, 2^63), or int64 with one key or one a sample. eps is `random.normal(x0.shape, key)`.
         sigma: scale of the noise alone.
@@ -174,17 +194,16 @@ def add_noise(
     first = support.first_element(first_sample, x0)
     key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)
     args = (rows, steps, row, sigma, key, key_t, first, return_noise)
-    if support.needs_autograd(x0):
-        out, eps = _add_noise(x0, (0, schedule.T), *args)
-    else:
-        out, eps = support.call(_ADD_NOISE.on(x0.device.type), steps, 0, schedule.T, x0, *args)
+    out, eps = (_add_noise if support.needs_autograd(x0) else _AddNoise.forward)(x0, schedule.T, args)
     return (out, eps) if return_noise else out
 
 
 def noise_pair(
     x0: torch.Tensor, t: int | torch.Tensor, schedule: Schedule, key: int | torch.Tensor, *, first_sample: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x_{t-1}, x_t) drawn jointly in one launch: x_{t-1} ~ q(.|x0), then x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps'.
+    """(x_{t-1}, x_t) drawn jointly in one launch.
+
+    x_{t-1} ~ q(.|x0), then x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps'.
 
     Source: the pairs of Denoising Diffusion GAN (Xiao et al. 2022, Eq. 4). Their covariance given x0 is
     sqrt(alpha_t) (1 - abar_{t-1}).
@@ -204,6 +223,4 @@ def noise_pair(
     first = support.first_element(first_sample, x0)
     key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)
     args = (schedule.rows("pair", x0, _pair_rows), steps, row, key, key_t, first)
-    if support.needs_autograd(x0):
-        return _noise_pair(x0, (1, schedule.T), *args)
-    return support.call(_NOISE_PAIR.on(x0.device.type), steps, 1, schedule.T, x0, *args)
+    return (_noise_pair if support.needs_autograd(x0) else _NoisePair.forward)(x0, schedule.T, args)

@@ -11,7 +11,10 @@ from diffgan_fast.ops.dispatch import Op
 
 
 class Draw(enum.IntEnum):
-    """What a word becomes. The values are those of `Draw` in csrc/cpu/core.h, csrc/cuda/core.cuh and kernels/random.py."""
+    """What a word becomes.
+
+    The values are those of `Draw` in csrc/cpu/core.h, csrc/cuda/core.cuh and kernels/random.py.
+    """
 
     BITS = 0
     UNIFORM = 1
@@ -52,5 +55,5 @@ def fill_(out: torch.Tensor, draw: Draw, key: int, key_t: torch.Tensor | None, s
 def standard_normal(x: torch.Tensor, key: int, key_t: torch.Tensor | None, first: int, stream: int = 0) -> torch.Tensor:
     """The noise of an op on x, in plain torch and in the dtype of the arithmetic: what the kernels make on the fly."""
     z = _philox.normals(x.numel(), key, key_t, stream, first, x.device).reshape(x.shape)
-    out = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)  # in x's memory format
-    return out.copy_(z)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty_like(x, dtype=dtype).copy_(z)  # in x's memory format

@@ -6,8 +6,8 @@ All are, per sample, an affine map of x_t and the network's output plus noise. I
     out = A_t x + B_t e' + s_t z                                   without clamping
     x0  = clamp(px_t x + pe_t e', -1, 1); out = c0_t x0 + cx_t x + s_t z    with it
 
-Raw rows are (A, B, s, G, px, pe, c0, cx), with A = c0 px + cx and B = c0 pe multiplied out in float64. In G is the critic
-guidance of Kim et al. (2023), eps' = eps - sqrt(1 - abar_t) grad, put in terms of whatever the network predicts.
+Raw rows are (A, B, s, G, px, pe, c0, cx), with A = c0 px + cx and B = c0 pe multiplied out in float64. In G is the
+critic guidance of Kim et al. (2023), eps' = eps - sqrt(1 - abar_t) grad, put in terms of whatever the network predicts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def _reference(
 ) -> torch.Tensor:
     a, b, s, guide, px, pe, c0, cx = support.defined_rows(rows, t, row, x)
     z = standard_normal(x, key, key_t, first)
-    wide = [None if v is None else v.to(z.dtype) for v in (x, e, e_uncond, logit_grad)]
-    guided = _guided(*wide[1:], guide, guidance_scale, logit_scale)
-    out = c0 * (px * wide[0] + pe * guided).clamp(-1, 1) + cx * wide[0] if clip else a * wide[0] + b * guided
+    wide, e = x.to(z.dtype), e.to(z.dtype)
+    e_uncond, logit_grad = (None if v is None else v.to(z.dtype) for v in (e_uncond, logit_grad))
+    guided = _guided(e, e_uncond, logit_grad, guide, guidance_scale, logit_scale)
+    out = c0 * (px * wide + pe * guided).clamp(-1, 1) + cx * wide if clip else a * wide + b * guided
     return torch.where(s == 0, out, out + s * z).to(x.dtype)
 
 
@@ -48,8 +49,8 @@ def _fake(x, *_):
 _STEP = Op(
     "step",
     "step",
-    "(Tensor x, Tensor e, Tensor? e_uncond, Tensor? logit_grad, Tensor rows, Tensor? t, SymInt row, float guidance_scale, "
-    "float logit_scale, bool clip, SymInt key, Tensor? key_t, SymInt first) -> Tensor",
+    "(Tensor x, Tensor e, Tensor? e_uncond, Tensor? logit_grad, Tensor rows, Tensor? t, SymInt row, "
+    "float guidance_scale, float logit_scale, bool clip, SymInt key, Tensor? key_t, SymInt first) -> Tensor",
     _reference,
     _fake,
 )
@@ -59,32 +60,31 @@ class _Step(torch.autograd.Function):
     """Linear in its four tensors, piecewise so with clamping: gradients are plain torch, and every order holds."""
 
     @staticmethod
-    def forward(x, e, e_uncond, logit_grad, high, rows, t, row, *rest):
+    def forward(x, e, e_uncond, logit_grad, high, constants):
         run = _STEP.on(x.device.type)
-        return support.call(run, t, 1, high, x, e, e_uncond, logit_grad, rows, t, row, *rest)
+        return support.call(run, constants[1], 1, high, x, e, e_uncond, logit_grad, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, e, e_uncond, logit_grad, _, rows, t, row, ctx.guidance, ctx.logit_scale, clip = inputs[:11]
-        ctx.row, ctx.clip, ctx.uncond = row, clip, e_uncond is not None
-        saved = (rows, t, *((x, e, e_uncond, logit_grad) if clip else (x, None, None, None)))
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        *tensors, _, (rows, t, row, ctx.guidance, ctx.logit_scale, ctx.clip, *_) = inputs
+        ctx.rows, ctx.uncond = (rows, t, row), tensors[2] is not None
+        ctx.save_for_backward(*tensors if ctx.clip else ())
+        ctx.save_for_forward(*tensors if ctx.clip else ())
 
     @staticmethod
-    def _partials(ctx):
+    def _partials(ctx, like):
         """d out / d x and d out / d e' (numbers or per-element tensors), and d e' / d logit_grad."""
-        rows, t, x, e, e_uncond, logit_grad = ctx.saved_tensors
-        a, b, _, guide, px, pe, c0, cx = support.pick_rows(rows, t, ctx.row, x)
+        a, b, _, guide, px, pe, c0, cx = support.pick_rows(*ctx.rows, like)
         if not ctx.clip:
             return a, b, guide * ctx.logit_scale
+        x, e, e_uncond, logit_grad = ctx.saved_tensors
         inside = px * x + pe * _guided(e, e_uncond, logit_grad, guide, ctx.guidance, ctx.logit_scale)
         open_ = c0 * ((inside >= -1) & (inside <= 1))
         return cx + px * open_, pe * open_, guide * ctx.logit_scale
 
     @staticmethod
     def backward(ctx, grad):
-        by_x, by_e, guide = _Step._partials(ctx)
+        by_x, by_e, guide = _Step._partials(ctx, grad)
         needs = ctx.needs_input_grad
         grads = [None] * 4
         if needs[0]:
@@ -94,15 +94,16 @@ class _Step(torch.autograd.Function):
             grads[1] = (through * ctx.guidance if ctx.uncond else through).to(grad.dtype) if needs[1] else None
             grads[2] = (through * (1 - ctx.guidance)).to(grad.dtype) if needs[2] else None
             grads[3] = (through * guide).to(grad.dtype) if needs[3] else None
-        return (*grads, *[None] * 10)
+        return (*grads, None, None)
 
     @staticmethod
     def tangent(ctx, x_t, e_t, uncond_t, grad_t, *_):
-        by_x, by_e, guide = _Step._partials(ctx)
+        like = next(v for v in (x_t, e_t, uncond_t, grad_t) if v is not None)
+        by_x, by_e, guide = _Step._partials(ctx, like)
         scale = ctx.guidance if ctx.uncond else 1.0
         parts = [(x_t, by_x), (e_t, by_e * scale), (uncond_t, by_e * (1 - ctx.guidance)), (grad_t, by_e * guide)]
         out = sum(tangent * factor for tangent, factor in parts if tangent is not None)
-        return out.to(next(tangent.dtype for tangent, _ in parts if tangent is not None))
+        return out.to(like.dtype)
 
 
 _step = support.differentiable(_Step)
@@ -147,10 +148,8 @@ def _run(x, e, eps_uncond, logit_grad, rows, steps, row, high, guidance_scale, l
     first = support.first_element(first_sample, x)
     key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
     tensors = (x, e, eps_uncond, logit_grad)
-    rest = (rows, steps, row, guidance_scale, logit_scale, clip, key, key_t, first)
-    if support.needs_autograd(*tensors):
-        return _step(*tensors, high, *rest)
-    return support.call(_STEP.on(x.device.type), steps, 1, high, *tensors, *rest)
+    constants = (rows, steps, row, guidance_scale, logit_scale, clip, key, key_t, first)
+    return (_step if support.needs_autograd(*tensors) else _Step.forward)(*tensors, high, constants)
 
 
 def ddpm_step(
@@ -184,8 +183,8 @@ def ddpm_step(
         first_sample: number of the first sample in the global batch.
 
     Returns: x_{t-1}, like x.
-    Gradients: with respect to x, eps_hat, eps_uncond and logit_grad, every order, forward mode too (with clip_x0: of the
-    piecewise linear map).
+    Gradients: with respect to x, eps_hat, eps_uncond and logit_grad, every order, forward mode too (with clip_x0: of
+    the piecewise linear map).
     Raises: ValueError for arguments of the wrong shape, type, device or range. On CUDA a t out of range gives NaN.
     """
     if variance not in ("posterior", "beta"):
@@ -195,9 +194,20 @@ def ddpm_step(
     row, steps = support.t_arguments(t, x, 1, schedule.T)
     rows = schedule.rows(("ddpm", variance, prediction), x, _ddpm_rows, variance, prediction)
     return _run(
-        x, eps_hat, eps_uncond, logit_grad, rows, steps, row, schedule.T, guidance_scale, logit_scale, clip_x0, key,
+        x,
+        eps_hat,
+        eps_uncond,
+        logit_grad,
+        rows,
+        steps,
+        row,
+        schedule.T,
+        guidance_scale,
+        logit_scale,
+        clip_x0,
+        key,
         first_sample,
-    )  # fmt: skip
+    )
 
 
 def ddim_step(
@@ -219,9 +229,9 @@ def ddim_step(
 ) -> torch.Tensor:
     """x at step t_prev from x at step t, by DDIM (Song et al. 2021, Eq. 12). Any pair 0 <= t_prev < t <= T.
 
-    eta scales the noise: 0 is deterministic, 1 with t_prev = t - 1 is `ddpm_step(variance="posterior")`. With clip_x0 the
-    noise direction is recomputed from the clamped x0. `t` and `t_prev` are both ints or both int64 [N]. The rest is as for
-    `ddpm_step`.
+    eta scales the noise: 0 is deterministic, 1 with t_prev = t - 1 is `ddpm_step(variance="posterior")`. With clip_x0
+    the noise direction is recomputed from the clamped x0. `t` and `t_prev` are both ints or both int64 [N]. The rest is
+    as for `ddpm_step`.
     """
     check_prediction(prediction)
     if not 0 <= eta <= 1:
@@ -249,9 +259,20 @@ def ddim_step(
         rows = _ddim_rows(abar[steps], abar[steps_prev], eta, prediction).reshape(-1, 8)
         rows, which = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous(), -1
     return _run(
-        x, eps_hat, eps_uncond, logit_grad, rows, None, which, schedule.T, guidance_scale, logit_scale, clip_x0, key,
+        x,
+        eps_hat,
+        eps_uncond,
+        logit_grad,
+        rows,
+        None,
+        which,
+        schedule.T,
+        guidance_scale,
+        logit_scale,
+        clip_x0,
+        key,
         first_sample,
-    )  # fmt: skip
+    )
 
 
 def posterior_step(
@@ -263,7 +284,9 @@ def posterior_step(
     *,
     first_sample: int = 0,
 ) -> torch.Tensor:
-    """x_{t-1} ~ q(x_{t-1} | x_t = x, x_0 = x0_hat), the sampling step of Denoising Diffusion GAN (Xiao et al. 2022, Eq. 6).
+    """x_{t-1} ~ q(x_{t-1} | x_t = x, x_0 = x0_hat), the sampling step of Denoising Diffusion GAN.
+
+    Source: Xiao et al. 2022, Eq. 6.
 
     Args: as `ddpm_step`; t in 1..T is the noisier index. At t = 1 the result is x0_hat.
     Gradients: with respect to x0_hat and x, every order, forward mode too.

@@ -1,9 +1,9 @@
-"""What the public ops share: checks of their arguments, coefficient rows in plain torch, and when autograd is needed."""
+"""What the public ops share: checks of arguments, coefficient rows in plain torch, and when autograd is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
@@ -18,7 +18,9 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be an int in [0, 2**63) or an int64 tensor, got {key!r}")
 
 
-def key_arguments(key: Any, device: torch.device, samples: int, first: int) -> tuple[int, torch.Tensor | None]:
+def key_arguments(
+    key: int | torch.Tensor, device: torch.device, samples: int, first: int
+) -> tuple[int, torch.Tensor | None]:
     """The pair (key, key_t) of the raw ops from a public `key`: an int, or int64 of one element or one a sample."""
     if isinstance(key, torch.Tensor):
         if key.dtype != torch.int64 or key.device != device:
@@ -26,13 +28,17 @@ def key_arguments(key: Any, device: torch.device, samples: int, first: int) -> t
         if key.numel() == 1:
             return 0, key
         if key.dim() != 1 or key.numel() != samples:
-            raise ValueError(f"key must hold one key, or one for each of {samples} samples; got shape {list(key.shape)}")
+            raise ValueError(
+                f"key must hold one key, or one for each of {samples} samples; got shape {list(key.shape)}"
+            )
         if first:
             raise ValueError("with one key a sample the noise does not depend on the batch: first_sample must be 0")
         return 0, key.contiguous()
     check_key(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ValueError("key is an int, which a CUDA graph would repeat at every replay: pass an int64 tensor on the device")
+        raise ValueError(
+            "key is an int, which a CUDA graph would repeat at every replay: pass an int64 tensor on the device"
+        )
     return key, None
 
 
@@ -57,6 +63,10 @@ def dense(x: torch.Tensor, name: str) -> torch.Tensor:
     return x.contiguous()
 
 
+@overload
+def matching(x: torch.Tensor, y: torch.Tensor, name: str, like: str = "x") -> torch.Tensor: ...
+@overload
+def matching(x: torch.Tensor, y: None, name: str, like: str = "x") -> None: ...
 def matching(x: torch.Tensor, y: torch.Tensor | None, name: str, like: str = "x") -> torch.Tensor | None:
     """y in x's memory format. ValueError unless it has x's shape, dtype and device."""
     if y is None:
@@ -71,7 +81,9 @@ def matching(x: torch.Tensor, y: torch.Tensor | None, name: str, like: str = "x"
     return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
-def t_arguments(t: Any, x: torch.Tensor, low: int, high: int, name: str = "t") -> tuple[int, torch.Tensor | None]:
+def t_arguments(
+    t: int | torch.Tensor, x: torch.Tensor, low: int, high: int, name: str = "t"
+) -> tuple[int, torch.Tensor | None]:
     """The pair (row, t) of the raw ops from a public `t`: an int, or int64 [N] or [N, C] on x's device."""
     if isinstance(t, torch.Tensor):
         if t.dtype != torch.int64 or t.device != x.device:
@@ -87,7 +99,7 @@ def t_arguments(t: Any, x: torch.Tensor, low: int, high: int, name: str = "t") -
 
 
 def check_range(t: torch.Tensor, low: int, high: int, name: str = "t") -> None:
-    """ValueError if a CPU tensor of steps leaves low..high. CUDA tensors are not looked at: that would wait for them."""
+    """ValueError if a CPU tensor of steps leaves low..high. CUDA ones are not looked at: that would wait for them."""
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         least, most = (int(v) for v in torch.aminmax(t))
         if least < low or most > high:
@@ -95,7 +107,10 @@ def check_range(t: torch.Tensor, low: int, high: int, name: str = "t") -> None:
 
 
 def call(run: Callable, t: torch.Tensor | None, low: int, high: int, *args):
-    """Runs a raw op. The C++ kernels find a CPU t out of range by themselves, at no cost; here it becomes a ValueError."""
+    """Runs a raw op.
+
+    The C++ kernels find a CPU t out of range by themselves, at no cost; here it becomes a ValueError.
+    """
     try:
         return run(*args)
     except RuntimeError:
@@ -134,8 +149,10 @@ def differentiable(function: type[torch.autograd.Function]) -> Callable:
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through its autograd.Function: an input needs gradients, or carries a tangent."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
     return forward_ad._current_level >= 0
 
 
@@ -144,6 +161,7 @@ def pick_rows(rows: torch.Tensor, t: torch.Tensor | None, row: int, like: torch.
 
     Row t where t is given (NaN where t is out of range), else row `row`, or one row a sample where row is -1.
     """
+    shape: tuple[int, ...]
     if t is None:
         if row >= 0:
             return list(rows[row].unbind(0))

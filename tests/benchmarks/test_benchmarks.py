@@ -27,8 +27,13 @@ def tiny_case(**changes):
     """A case of doubling x, with an eager provider that is right."""
     size = cases.Size((6, 5), torch.float32, torch.device("cpu"))
     case = cases.Case(
-        "double", size, lambda: (size.randn(),), lambda data, t, z: (2 * data[0],),
-        [cases.Provider("eager", lambda x, t: 2 * x), cases.copy(size)], bytes=8, ops=1,
+        "double",
+        size,
+        lambda: (size.randn(),),
+        lambda data, t, z: (2 * data[0],),
+        [cases.Provider("eager", lambda x, t: 2 * x), cases.copy(size)],
+        bytes=8,
+        ops=1,
     )
     return dataclasses.replace(case, **changes)
 

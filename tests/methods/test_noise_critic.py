@@ -52,7 +52,9 @@ def test_losses_follow_the_algorithm(module):
 
 def test_the_critics_loss_does_not_reach_the_denoiser():
     denoiser, critic = Denoiser(), Critic(25)
-    loss, denoiser_loss = dgf.methods.method3.losses(denoiser, critic, torch.randn(4, 1, 5, 5), torch.tensor([9] * 4), S, 1)
+    loss, denoiser_loss = dgf.methods.method3.losses(
+        denoiser, critic, torch.randn(4, 1, 5, 5), torch.tensor([9] * 4), S, 1
+    )
     loss.backward()
     assert denoiser.conv.weight.grad is None and critic.weight.grad is not None
     denoiser_loss().backward()
@@ -61,7 +63,9 @@ def test_the_critics_loss_does_not_reach_the_denoiser():
 
 def test_the_denoisers_loss_uses_the_updated_critic():
     denoiser, critic = Denoiser(), Critic(25)
-    _, denoiser_loss = dgf.methods.method3.losses(denoiser, critic, torch.randn(4, 1, 5, 5), torch.tensor([9] * 4), S, 1)
+    _, denoiser_loss = dgf.methods.method3.losses(
+        denoiser, critic, torch.randn(4, 1, 5, 5), torch.tensor([9] * 4), S, 1
+    )
     before = float(denoiser_loss())
     with torch.no_grad():
         critic.weight.mul_(-3)
@@ -69,7 +73,11 @@ def test_the_denoisers_loss_uses_the_updated_critic():
 
 
 def test_what_each_critic_is_built_to_see():
-    for name, inputs, count in (("method3", "eps", 661_248), ("method3.5", "eps,t", 662_272), ("method3.5", "eps,x_t,t", 663_296)):
+    for name, inputs, count in (
+        ("method3", "eps", 661_248),
+        ("method3.5", "eps,t", 662_272),
+        ("method3.5", "eps,x_t,t", 663_296),
+    ):
         kind = dgf.methods.find(name)
         config = kind.Config.make("student", inputs=inputs)
         critic = kind(config, (1, 28, 28)).networks({"denoiser": Denoiser()})["critic"]
@@ -84,7 +92,9 @@ def test_the_presets_are_the_documents_settings():
         config = dgf.methods.find(name).Config.make("paper")
         assert (config.lr, config.critic_lr, config.batch_size, config.T) == (1e-5, 1e-4, 128, 300)
         assert (config.beta_1, config.beta_T, config.mse_weight) == (1e-4, 0.02, 0.0)
-    optimizers = dgf.methods.find("method3")(config, (1, 28, 28)).optimizers({"denoiser": Denoiser(), "critic": Critic(4)})
+    optimizers = dgf.methods.find("method3")(config, (1, 28, 28)).optimizers(
+        {"denoiser": Denoiser(), "critic": Critic(4)}
+    )
     assert optimizers["critic"].param_groups[0]["betas"] == (0.5, 0.999)
     base = dgf.methods.find("ddpm").Config.make("student")
     assert (base.lr, base.data_range, base.variance, base.network) == (1e-3, "unit", "beta", "student")

@@ -99,7 +99,7 @@ def test_opcheck(backend):
     x, y = (images((3, 2, 4, 4), torch.float32, backend.device) for _ in range(2))
     rows, t = S.rows("loss v", x, module._v_rows), torch.tensor([0, 5, T], device=backend.device)
     for other in (y, None):
-        torch.library.opcheck(getattr(raw, f"residual_sum{suffix}").default, (x, other, rows, t, 0, 3, None, 0))
+        torch.library.opcheck(getattr(raw, f"residual_mean{suffix}").default, (x, other, rows, t, 0, 3, None, 0))
         scale = torch.tensor(0.5, device=backend.device)
         torch.library.opcheck(getattr(raw, f"residual{suffix}").default, (x, other, rows, t, 0, scale, 3, None, 0))
 

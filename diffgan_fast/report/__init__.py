@@ -1,0 +1,28 @@
+"""Tables, plots, grids of samples, and the HTML pages made of them."""
+
+from .comparison import write_comparison
+from .html import page, picture
+from .images import grid, save_grid, strip
+from .plots import curves, levels
+from .run import write_run
+from .scores import SCORE_COLUMNS, compared, recognisable_digits, score_notes, score_rows
+from .table import html_table, table
+
+__all__ = [
+    "SCORE_COLUMNS",
+    "compared",
+    "curves",
+    "grid",
+    "html_table",
+    "levels",
+    "page",
+    "picture",
+    "recognisable_digits",
+    "save_grid",
+    "score_notes",
+    "score_rows",
+    "strip",
+    "table",
+    "write_comparison",
+    "write_run",
+]
