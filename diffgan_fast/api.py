@@ -15,10 +15,12 @@ from torch import nn
 import diffgan_fast
 from diffgan_fast import data as data_sets
 from diffgan_fast import methods, random, report
-from diffgan_fast.engine import Feed, Loop, Method, checkpoint, evaluating
+from diffgan_fast.engine import Feed, Loop, Method, checkpoint
+from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.run import Run, build, load, pick_device
 
 GRID = 64  # images in a sample grid
+STRIP = 4  # images in a strip over noise levels
 MISMATCH = 0.05  # sqrt(abar_T) above which sampling from pure noise is visibly wrong
 
 
@@ -75,7 +77,7 @@ def train(
     resuming = _prepare(folder, settings, resume)
     if kind.fine_tunes and "denoiser" not in given and not (resuming and start is None):
         if start is None:
-            shared = {k: v for k, v in config.to_dict().items() if k in SHARED}
+            shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
             preset = preset if preset in methods.find("ddpm").Config.PRESETS else None
             start = train(
                 "ddpm",
@@ -114,9 +116,10 @@ def train(
         checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     loop.run()
     _save_grid(run, state.step)
-    with evaluating(*state.nets.values()):
-        curves = instance.diagnose(state, feed.batch(state.step), random.fold_in(random.key(seed), "diagnose"))
-    if curves:
+    key = random.fold_in(random.key(seed), "diagnose")
+    for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
+        report.strip(strip, folder / "samples" / f"{name}.png")
+    if curves := instance.diagnose(state, feed.batch(state.step), key):
         checkpoint.write_text(folder / "levels.json", json.dumps(curves) + "\n")
     report.write_run(folder)
     return run
@@ -143,6 +146,8 @@ def compare(
     Returns: one row a method: method, the scores, seconds of training, path. Runs that are complete in `out` are
     reused.
     """
+    if not names:
+        raise ValueError("names must hold at least one method")
     folder, rows, grids = Path(out), [], {}
     for name in names:
         kind = methods.find(name)
@@ -152,39 +157,21 @@ def compare(
         if name == "ddpm" and base is None:
             base = run
         stored = run.path / "evaluation.json"
-        scores = json.loads(stored.read_text()) if stored.exists() else run.evaluate(n)
+        scores = json.loads(stored.read_text()) if stored.exists() else {}
+        if scores.get("n") != n:
+            scores = run.evaluate(n)
         report.write_run(run.path)
         rows.append({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)})
         grids[name] = run.path / "samples" / f"step-{run.state.step}.png"
-    report.write_comparison(
-        rows, folder / "report.html", title=f"Methods on {rows[0]['data'] if rows else data}", figures=grids
-    )
+    report.write_comparison(rows, folder / "report.html", title=f"{', '.join(names)} on {run.data_name}", figures=grids)
     return rows
-
-
-# What a fine-tuned run takes over from its base: all that says what the denoiser is and how it is sampled.
-SHARED = (
-    "network",
-    "dropout",
-    "T",
-    "schedule",
-    "beta_1",
-    "beta_T",
-    "prediction",
-    "data_range",
-    "sampler",
-    "sample_steps",
-    "eta",
-    "variance",
-    "clip_x0",
-)
 
 
 def _with_base(options: dict[str, Any], base: Run | None) -> dict[str, Any]:
     """The options, with what the base run's denoiser dictates. ValueError where they contradict it."""
     if base is None:
         return options
-    shared = {k: v for k, v in base.method.config.to_dict().items() if k in SHARED}
+    shared = {k: v for k, v in base.method.config.to_dict().items() if k in DENOISER_OPTIONS}
     for name in shared.keys() & options.keys():
         if options[name] != shared[name]:
             raise ValueError(f"{name} is {shared[name]!r} in the base run, and cannot be {options[name]!r} here")

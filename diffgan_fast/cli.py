@@ -115,7 +115,6 @@ def evaluate(
     result = dgf.load(run, device=device).evaluate(n, metrics=metric or ("fid", "kid", "is"))
     report.write_run(run)
     typer.echo(_scores([{"method": run.name, **result}]))
-    typer.echo(_about(result))
 
 
 @app.command()
@@ -130,7 +129,6 @@ def compare(
     """Train methods on the same data, and print one table."""
     rows = dgf.compare(names, data, out, seed=seed, n=n, device=device)
     typer.echo(_scores(rows))
-    typer.echo(_about(rows[0]))
     typer.echo(f"report: {out / 'report.html'}")
 
 
@@ -168,23 +166,13 @@ def demo(
 
     rows = run_demo(out, seed=seed, device=device)
     typer.echo(_scores(rows))
-    typer.echo(_about(rows[0]))
     typer.echo(f"report: {out / 'report.html'}")
 
 
 def _scores(rows: list[dict]) -> str:
-    labels = rows[0]["labels"]
-    columns: dict[str, Any] = {"method": "method", **{k: labels[k] for k in labels}}
-    if "seconds" in rows[0]:
-        columns["seconds"] = ("seconds", ".1f")
-    return report.table(rows, columns)
-
-
-def _about(result: dict) -> str:
-    extractor = result["extractor"]
-    note = "" if result["comparable"] else "; not comparable with published figures"
-    floor = f"; real images score {result['fid_floor']:.3g}" if "fid_floor" in result else ""
-    return f"n = {result['n']}, features: {extractor['name']} ({extractor['hash'][:8]}){floor}{note}"
+    """The table of some runs' scores, with what real images score, and the notes that belong to it."""
+    shown, columns, _ = report.compared(rows)
+    return "\n".join([report.table(shown, columns), *report.score_notes(rows[0])])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,7 +47,7 @@ def test_a_run_from_training_to_report(trained, capsys, tmp_path):
     samples = np.load(tmp_path / "s.npz")["samples"]
     assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
     text = run(capsys, "evaluate", str(trained), "--n", "40").out
-    assert "FID (domain)" in text and "not comparable" in text
+    assert "FID (domain)" in text and "real images" in text and "never with published ones" in text
     assert "report.html" in run(capsys, "report", str(trained)).out
 
 

@@ -58,6 +58,10 @@ class Method(ABC):
         """Names of the networks that sampling uses, whose weights are averaged."""
         return ("denoiser",)
 
+    def strips(self, state: State, x: torch.Tensor, key: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """Rows of a report's pictures over noise levels: name -> [(t, images)], from images x. None by default."""
+        return {}
+
     def diagnose(self, state: State, batch: Batch, key: int) -> dict[str, list]:
         """Curves that a report shows, computed at the end of a run. None by default."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.engine import Method, State, TrainConfig, evaluating, option
+from diffgan_fast.ops import add_noise
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
 from diffgan_fast.schedule import Prediction, Schedule
@@ -57,6 +58,10 @@ class DiffusionConfig(TrainConfig):
         super().__post_init__()
         if self.clip_x0 and self.data_range == "unit":
             raise ValueError("clip_x0 clamps to [-1, 1]: with data_range='unit' it must be False")
+
+
+# All that says what the denoiser is and how it is sampled: what a fine-tuned run takes over from its base.
+DENOISER_OPTIONS = tuple(f.name for f in fields(DiffusionConfig) if f.name not in {g.name for g in fields(TrainConfig)})
 
 
 class DiffusionMethod(Method):
@@ -114,6 +119,17 @@ class DiffusionMethod(Method):
             )
         return self.to_images(x).contiguous()
 
+    def strips(self, state: State, x: torch.Tensor, key: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """x on its way to noise, and samples on their way from it."""
+        T, noised = self.schedule.T, []
+        for t in (0, T // 8, T // 4, T // 2, 3 * T // 4, T):
+            noised.append((t, self.to_images(add_noise(self.to_model(x), t, self.schedule, key)).cpu()))
+        seen: list[tuple[int, torch.Tensor]] = []
+        self.sample(state, len(x), key, on_step=lambda t, x: seen.append((t, self.to_images(x).cpu())))
+        told = self.schedule.respace(len(seen) - 1).timesteps.tolist()
+        picked = sorted({round(i * (len(seen) - 1) / 6) for i in range(7)})
+        return {"noising": noised, "denoising": [(told[seen[i][0]], seen[i][1]) for i in picked]}
+
 
 def make_schedule(config: DiffusionConfig) -> Schedule:
     """The schedule that a config names."""
@@ -134,8 +150,6 @@ def noise_levels(
     log_var_eps is the log variance of its output. The Bayes-optimal one lies below 0 (for N(0, 1) data it is
     log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser from noise.
     """
-    from diffgan_fast.ops import add_noise
-
     T = method.schedule.T
     steps = sorted({max(1, round(T * (i + 1) / levels)) for i in range(levels)})
     rows: dict[str, list] = {"t": steps, "mse": [], "log_var_eps": []}

@@ -228,7 +228,8 @@ def test_the_denoiser_runs_once_a_step_and_twice_as_coded(tmp_path):
 
 def test_history_report_and_files(tmp_path):
     run = train("ddpm", tmp_path, steps=6, sample_every=2)
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-2.png", "step-4.png", "step-6.png"}
+    strips = {"noising.png", "denoising.png"}
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-2.png", "step-4.png", "step-6.png"} | strips
     assert (tmp_path / "report.html").read_text().startswith("<!")
     assert [row["step"] for row in run.history] == [2, 4, 6] and all(row["loss"] > 0 for row in run.history)
     levels = json.loads((tmp_path / "levels.json").read_text())
@@ -284,3 +285,14 @@ def test_bad_methods_are_named(tmp_path):
 def test_a_schedule_that_misses_the_prior_is_reported(tmp_path):
     with pytest.warns(UserWarning, match="sqrt\\(abar_T\\) = 0.9"):
         train("ddpm", tmp_path, steps=1, schedule="linear")
+
+
+def test_compare_makes_a_table_and_reuses_what_is_complete(tmp_path):
+    options = {"ddpm": dict(steps=2), "method3": dict(steps=2, critic_steps=1, critic_width=8)}
+    common = dict(batch_size=16, T=6, n=40, log_every=1, sample_every=0, progress=False, options=options)
+    rows = dgf.compare(["ddpm", "method3"], "digits", tmp_path, **common)
+    assert [row["method"] for row in rows] == ["ddpm", "method3"] and all(row["fid"] > 0 for row in rows)
+    assert "ddpm, method3 on digits" in (tmp_path / "report.html").read_text()
+    assert dgf.load(tmp_path / "method3").method.config.T == 6
+    again = dgf.compare(["ddpm", "method3"], "digits", tmp_path, **common)
+    assert again == rows
