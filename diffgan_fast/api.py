@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import diffgan_fast
+from diffgan_fast import backends, methods, random, report
 from diffgan_fast import data as data_sets
-from diffgan_fast import methods, random, report
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.run import Run, build, load, pick_device
@@ -193,7 +192,7 @@ def _settings(method: Method, data: data_sets.Data, source: Any, seed: int, subs
         "given": given,
         "config": method.config.to_dict(),
         "schedule": {} if schedule is None else {"T": schedule.T, "prior_mismatch": schedule.prior_mismatch},
-        "versions": {"diffgan_fast": diffgan_fast.info()["version"], "torch": torch.__version__},
+        "versions": {"diffgan_fast": backends.info()["version"], "torch": torch.__version__},
     }
 
 

@@ -63,6 +63,4 @@ class DDPM(DiffusionMethod):
         return {"loss": loss}
 
     def diagnose(self, state, batch, key):
-        if self.config.prediction != "eps":
-            return {}
         return noise_levels(self, state.sampling_net("denoiser"), self.to_model(batch.x), key)

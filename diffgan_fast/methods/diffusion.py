@@ -36,6 +36,7 @@ class DiffusionConfig(TrainConfig):
     network: Literal["auto", "unet", "student"] = option(
         "auto", "denoiser: the DDPM U-Net of the image's size, or the source document's small U-Net (28 px)"
     )
+    width: int | None = option(None, "channels of the U-Net's first level (none: as the preset has them)", low=1)
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=1)
     T: int = option(300, "diffusion steps", unit="steps", low=1)
     schedule: Literal["linear-scaled", "linear", "quadratic", "cosine"] = option(
@@ -83,7 +84,8 @@ class DiffusionMethod(Method):
         channels, size, _ = self.shape
         if self.config.network == "student":
             return nets.StudentUNet(channels, T=self.config.T)
-        return nets.UNet.preset(size, channels, dropout=self.config.dropout)
+        width = {} if self.config.width is None else {"width": self.config.width}
+        return nets.UNet.preset(size, channels, dropout=self.config.dropout, **width)
 
     def to_model(self, x: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] in the range that the denoiser works in."""
@@ -141,13 +143,24 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     return make(config.T, config.beta_1, config.beta_T)
 
 
+def predicted_noise(
+    out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule, prediction: Prediction
+) -> torch.Tensor:
+    """eps_hat, the noise that a network's output stands for: the output itself, or what follows from its x0 or v."""
+    if prediction == "eps":
+        return out
+    abar = schedule.on(x_t.device)[t].reshape(-1, *[1] * (x_t.dim() - 1))
+    signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
+    return (x_t - signal * out) / noise if prediction == "x0" else noise * x_t + signal * out
+
+
 @torch.no_grad()
 def noise_levels(
     method: DiffusionMethod, net: nn.Module, x: torch.Tensor, key: int, levels: int = 10
 ) -> dict[str, list]:
-    """How a noise-predicting denoiser does at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
+    """How well a denoiser predicts the noise at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
 
-    log_var_eps is the log variance of its output. The Bayes-optimal one lies below 0 (for N(0, 1) data it is
+    log_var_eps is the log variance of eps_hat. The Bayes-optimal one lies below 0 (for N(0, 1) data it is
     log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser from noise.
     """
     T = method.schedule.T
@@ -156,7 +169,8 @@ def noise_levels(
     with evaluating(net):
         for t in steps:
             x_t, eps = add_noise(x, t, method.schedule, random.fold_in(key, t), return_noise=True)
-            out = net(x_t, torch.full((len(x),), t, device=x.device))
-            rows["mse"].append(float((out - eps).square().mean()))
-            rows["log_var_eps"].append(float(out.var().log()))
+            told = torch.full((len(x),), t, device=x.device)
+            eps_hat = predicted_noise(net(x_t, told), x_t, told, method.schedule, method.config.prediction)
+            rows["mse"].append(float((eps_hat - eps).square().mean()))
+            rows["log_var_eps"].append(float(eps_hat.var().log()))
     return rows

@@ -15,9 +15,9 @@ import torch
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, State, evaluating, make_adam, option
-from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod, noise_levels
+from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod, noise_levels, predicted_noise
 from diffgan_fast.ops import add_noise
-from diffgan_fast.schedule import Schedule
+from diffgan_fast.schedule import Prediction, Schedule
 
 BETAS = (0.5, 0.999)  # of both optimisers (Radford et al. 2016), as the source's code has them
 
@@ -30,6 +30,7 @@ def losses(
     schedule: Schedule,
     key: int,
     *,
+    prediction: Prediction = "eps",
     gan_loss: GanLoss = "nonsaturating",
     mse_weight: float = 0.0,
     first_sample: int = 0,
@@ -37,7 +38,7 @@ def losses(
     """The two losses of a step from one run of the denoiser.
 
     Args:
-        denoiser: eps_hat = denoiser(x_t, t).
+        denoiser: its output at (x_t, t) is what `prediction` says; the critic sees the eps_hat that follows from it.
         critic: logits [N] = critic(eps, t=t, x_t=x_t); it takes of t and x_t what it wants.
         x0, t, schedule, key, first_sample: as for `ops.add_noise`; t in 1..T.
         mse_weight: weight of |eps_hat - eps|^2 in the denoiser's loss.
@@ -47,7 +48,7 @@ def losses(
         judges the same eps_hat, with its graph, by the updated critic.
     """
     x_t, eps = add_noise(x0, t, schedule, key, return_noise=True, first_sample=first_sample)
-    eps_hat = denoiser(x_t, t)
+    eps_hat = predicted_noise(denoiser(x_t, t), x_t, t, schedule, prediction)
     loss = _critic_loss(critic, eps, eps_hat, t, x_t, gan_loss)
     return loss, lambda: _denoiser_loss(critic, eps, eps_hat, t, x_t, gan_loss, mse_weight)
 
@@ -112,19 +113,23 @@ class NoiseCritic(DiffusionMethod):
         denoiser, critic = state["denoiser"], state["critic"]
         t = self.draw_t(len(x0), key, first, x0.device)
         x_t, eps = add_noise(x0, t, self.schedule, random.fold_in(key, "noise"), return_noise=True, first_sample=first)
+
+        def predict():
+            return predicted_noise(denoiser(x_t, t), x_t, t, self.schedule, c.prediction)
+
         joint = state.step >= c.critic_steps  # before that the critic trains alone
 
         if joint and c.forwards == "one":
-            eps_hat = denoiser(x_t, t)
+            eps_hat = predict()
         else:
             with torch.no_grad(), evaluating(*([denoiser] if c.forwards == "two" else [])):
-                eps_hat = denoiser(x_t, t)
+                eps_hat = predict()
         loss = _critic_loss(critic, eps, eps_hat, t, x_t, c.gan_loss)
         state.update("critic", loss)
         logged = {"critic_loss": loss}
         if joint:
             if c.forwards == "two":
-                eps_hat = denoiser(x_t, t)
+                eps_hat = predict()
             loss = _denoiser_loss(critic, eps, eps_hat, t, x_t, c.gan_loss, c.mse_weight)
             state.update("denoiser", loss)
             logged["denoiser_loss"] = loss

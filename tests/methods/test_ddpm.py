@@ -32,6 +32,14 @@ def test_t_is_uniform_over_1_to_T_and_independent_of_the_batch():
     assert torch.equal(method.draw_t(10, 3, 40, torch.device("cpu")), t[40:50])
 
 
+def test_the_noise_that_an_output_stands_for():
+    x0, t = torch.randn(4, 2, 3, 3), torch.tensor([1, 20, 150, 300])
+    x_t, eps = dgf.ops.add_noise(x0, t, S, 3, return_noise=True)
+    abar = torch.tensor(oracle.linear_schedule(300)[2])[t].float().view(-1, 1, 1, 1)
+    for prediction, out in {"eps": eps, "x0": x0, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x0}.items():
+        assert torch.allclose(diffusion.predicted_noise(out, x_t, t, S, prediction), eps, atol=2e-4)
+
+
 def test_data_ranges():
     kind = dgf.methods.find("ddpm")
     unit = kind(kind.Config(data_range="unit", clip_x0=False), (1, 8, 8))
