@@ -10,6 +10,7 @@ Ours, each arm with all that stands before it:
     fused-adam      Adam(fused=True)
     op-noise        x_t and the noise from one `dgf.ops.add_noise`
     lean            the critic's weights get no gradient in the denoiser's update, and losses stay on the device
+    engine          `dgf.methods`' own step, as `dgf.train` runs it: t drawn from its key, logits instead of sigmoids
 
 All arms have the same networks, initial weights, dtype and critic batch norm (train mode, real and fake apart). Only
 the critic's fakes differ: the shared forward normalises by the batch, the as-coded one by running statistics. Before
@@ -30,6 +31,7 @@ import diffgan_fast as dgf
 from benchmarks import oracle
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
+from diffgan_fast.engine import Batch, State
 from diffgan_fast.nets import DCGANCritic, StudentUNet
 
 T = 300
@@ -46,6 +48,7 @@ class Arm:
     fused: bool = False
     op_noise: bool = False
     lean: bool = False
+    engine: bool = False
 
 
 ARMS = (
@@ -55,6 +58,7 @@ ARMS = (
     Arm("fused-adam", channels_last=True, fused=True),
     Arm("op-noise", channels_last=True, fused=True, op_noise=True),
     Arm("lean", channels_last=True, fused=True, op_noise=True, lean=True),
+    Arm("engine", channels_last=True, fused=True, op_noise=True, lean=True, engine=True),
 )
 
 
@@ -73,10 +77,14 @@ class Trainer:
         abar = self.schedule.alphas_cumprod.to(next(unet.parameters()).device)
         self.signal, self.noise = (table.float().view(-1, 1, 1, 1) for table in (abar.sqrt(), (1 - abar).sqrt()))
 
+    def noise_key(self, key: int) -> int:
+        """The key of a step's noise."""
+        return key
+
     def noised(self, x0: Tensor, t: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """x_t and its noise."""
         if self.arm.op_noise:
-            return dgf.ops.add_noise(x0, t, self.schedule, key, return_noise=True)
+            return dgf.ops.add_noise(x0, t, self.schedule, self.noise_key(key), return_noise=True)
         eps = torch.randn_like(x0)
         return self.signal[t] * x0 + self.noise[t] * eps, eps
 
@@ -112,17 +120,51 @@ class Trainer:
         x_t, eps = self.noised(x0, t, key)
         return self.update(x_t, eps, t)
 
+    def first_losses(self, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, key: int) -> tuple:
+        """The losses of a step at a given t, whose noise `noised` has made."""
+        return self.update(x_t, eps, t)
+
+
+class EngineTrainer(Trainer):
+    """The same networks in the engine's own step."""
+
+    def __init__(self, arm: Arm, unet: nn.Module, critic: nn.Module):
+        super().__init__(arm, unet, critic)
+        kind = dgf.methods.find("method3.5")
+        config = kind.Config.make("student", critic_steps=0)
+        self.method = kind(config, (1, 28, 28))
+        nets = {"denoiser": self.unet, "critic": self.critic}
+        self.state = State(nets, self.method.optimizers(nets), self.method.averaged, config)
+
+    def noise_key(self, key: int) -> int:
+        return dgf.random.fold_in(key, "noise")
+
+    def step(self, x0: Tensor, t: Tensor | None, key: int) -> tuple:
+        losses = self.method.step(self.state, Batch(x0 * 2 - 1), key)  # the engine holds images in [-1, 1]
+        return losses["critic_loss"], losses["denoiser_loss"]
+
+    def first_losses(self, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, key: int) -> tuple:
+        draw, self.method.draw_t = self.method.draw_t, lambda *_: t
+        try:
+            return self.step(x0, None, key)
+        finally:
+            self.method.draw_t = draw
+
+
+def make_trainer(arm: Arm, unet: nn.Module, critic: nn.Module) -> Trainer:
+    return (EngineTrainer if arm.engine else Trainer)(arm, unet, critic)
+
 
 def verify(arm: Arm, unet: nn.Module, critic: nn.Module, images: Tensor) -> str:
     """ "ok", or how an arm's first step differs from the float64 one."""
-    trainer = Trainer(arm, unet, critic)
+    trainer = make_trainer(arm, unet, critic)
     images = images.to(memory_format=trainer.format)
     t = torch.randint(1, T + 1, images.shape[:1], device=images.device)
     x_t, eps = trainer.noised(images, t, key=7)
     abar = trainer.schedule.alphas_cumprod.to(images.device)[t].view(-1, 1, 1, 1)
     wide = eps.double()
     if arm.op_noise:
-        wide = oracle.normals(eps.numel(), 7, 0, eps.device).view(eps.shape)
+        wide = oracle.normals(eps.numel(), trainer.noise_key(7), 0, eps.device).view(eps.shape)
         if not (eps - wide).abs().max() < 2e-5:
             return "RED: the noise is not that of the key"
     if not (x_t - (abar.sqrt() * images + (1 - abar).sqrt() * wide)).abs().max() < 2e-5:
@@ -130,7 +172,7 @@ def verify(arm: Arm, unet: nn.Module, critic: nn.Module, images: Tensor) -> str:
     right = Trainer(Arm("float64"), unet.double(), critic.double())
     expected = right.update(x_t.double(), eps.double(), t, first_train=arm.shared)
     unet.float(), critic.float()
-    losses = [float(loss) for loss in trainer.update(x_t, eps, t)]
+    losses = [float(loss) for loss in trainer.first_losses(images, x_t, eps, t, key=7)]
     errors = [abs(loss / want - 1) for loss, want in zip(losses, expected, strict=True)]
     return "ok" if max(errors) < 1e-3 else f"RED: losses off by {max(errors):.3g}"
 
@@ -157,7 +199,7 @@ def run(options: Options) -> list[dict]:
     critic = DCGANCritic(1, 28, inputs=("x", "t"), T=T, init="dcgan").to(device)
     images = [torch.rand(batch, 1, 28, 28, device=device) for _ in range(8)]
     status = {arm.name: verify(arm, unet, critic, images[0][:8]) for arm in ARMS}
-    trainers = {arm.name: Trainer(arm, unet, critic) for arm in ARMS if status[arm.name] == "ok"}
+    trainers = {arm.name: make_trainer(arm, unet, critic) for arm in ARMS if status[arm.name] == "ok"}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     count = 0
     for round_ in range(warm_up + rounds):

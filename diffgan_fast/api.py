@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffgan_fast import backends, methods, random, report
+from diffgan_fast import backends, random, report
 from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
+from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.run import Run, build, load, pick_device
 
@@ -62,7 +63,7 @@ def train(
         TrainingError: a loss is not finite; the step and the last good checkpoint are named.
         KeyboardInterrupt: after a checkpoint was written.
     """
-    kind, where = methods.find(method), pick_device(device)
+    kind, where = find_method(method), pick_device(device)
     train_data = data_sets.load(data, subset=subset)
     folder = Path(out) if out is not None else Path("runs") / f"{method}-{train_data.name}"
     if base is not None and not kind.fine_tunes:
@@ -77,7 +78,7 @@ def train(
     if kind.fine_tunes and "denoiser" not in given and not (resuming and start is None):
         if start is None:
             shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
-            preset = preset if preset in methods.find("ddpm").Config.PRESETS else None
+            preset = preset if preset in find_method("ddpm").Config.PRESETS else None
             start = train(
                 "ddpm",
                 data,
@@ -149,7 +150,7 @@ def compare(
         raise ValueError("names must hold at least one method")
     folder, rows, grids = Path(out), [], {}
     for name in names:
-        kind = methods.find(name)
+        kind = find_method(name)
         start: dict[str, Any] = {"base": base} if kind.fine_tunes and base is not None else {}
         extra = {**common, **(options or {}).get(name, {})}
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **extra)

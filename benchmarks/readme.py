@@ -1,0 +1,72 @@
+"""`python -m benchmarks.readme [--check]`: writes the tables of README.md from the saved results; no figure is typed.
+
+With --check nothing is written, and the exit code says whether the README agrees with the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import machine
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- results: begin (python -m benchmarks.readme) -->", "<!-- results: end -->"
+OPS = {  # (benchmark, case) -> what the README calls it
+    ("random", "normal"): "random normals",
+    ("noise", "add_noise"): "`add_noise`",
+    ("noise", "add_noise+noise"): "`add_noise`, noise returned",
+    ("noise", "noise_pair"): "`noise_pair`",
+    ("step", "ddpm_step"): "`ddpm_step`",
+    ("loss", "noise+loss step"): "`add_noise` + `noise_mse`, forward and backward",
+}
+SHAPE = "1024x3x32x32"
+
+
+def ops_table(folder: Path) -> list[str]:
+    """The main size of every op: milliseconds and ratios, for each number of threads."""
+    lines = ["| float32 [1024, 3, 32, 32] | threads | ms | against eager | against torch.compile |", "|---|---|---|---|---|"]
+    for (benchmark, case), title in OPS.items():
+        rows = json.loads((folder / f"{benchmark}.json").read_text())["rows"]
+        picked = [r for r in rows if (r["case"], r["shape"], r["dtype"]) == (case, SHAPE, "float32")]
+        for row in sorted((r for r in picked if r["provider"] == "dgf-cpu"), key=lambda r: -r["threads"]):
+            ratios = [f"{row[k]:.1f}×" if row.get(k) else "–" for k in ("over_eager", "over_compile")]
+            lines.append(f"| {title} | {row['threads']} | {row['ms']:.2f} | {' | '.join(ratios)} |")
+    return lines
+
+
+def training_table(folder: Path) -> list[str]:
+    """Method 3.5 at the student preset, item by item."""
+    rows = json.loads((folder / "training.json").read_text())["rows"]
+    lines = ["| method 3.5, student network, batch 128 | threads | images/s | against the reference |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['provider']} | {row['threads']} | {row['images_per_s']:.0f} | {row['over_as_coded']:.2f}× |"
+        )
+    return lines
+
+
+def section(folder: Path) -> str:
+    """What stands between the marks."""
+    meta = json.loads((folder / "noise.json").read_text())["meta"]
+    about = f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
+    return "\n".join([BEGIN, about, "", *ops_table(folder), "", *training_table(folder), END])
+
+
+def main(arguments: list[str]) -> int:
+    folders = sorted(f for f in machine.RESULTS.glob("cpu-*") if (f / "training.json").exists())
+    if not folders:
+        print("no results of a CPU: run python -m benchmarks random|noise|step|loss|training", file=sys.stderr)
+        return 1
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    fresh = before + section(folders[-1]) + rest.split(END)[1]
+    if "--check" in arguments:
+        return 0 if fresh == text else 1
+    README.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
