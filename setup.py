@@ -10,6 +10,7 @@ A plain `build_ext` writes one ninja file and runs it. What cannot be built is l
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,12 +38,17 @@ def torch_paths() -> tuple[Path, str]:
     return Path(spec.origin).parent, version("torch")
 
 
+def escaped(path: Path) -> str:
+    """A path in a build line of ninja."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class Ninja:
     """A build file under construction."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.text = ["ninja_required_version = 1.5", f"builddir = {folder}"]
+        self.text = ["ninja_required_version = 1.5", f"builddir = {escaped(folder)}"]
         self.outputs: list[Path] = []
 
     def rule(self, name: str, command: str, depfile: bool = False) -> None:
@@ -51,11 +57,14 @@ class Ninja:
 
     def compile(self, rule: str, source: Path, flags: list[str], tag: str = "") -> Path:
         out = self.folder / tag / source.relative_to(ROOT).with_suffix(source.suffix + ".o")
-        self.text += [f"build {out}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        self.text += [f"build {escaped(out)}: {rule} {escaped(source)}", f"  flags = {shlex.join(flags)}"]
         return out
 
     def link(self, rule: str, out: Path, objects: list[Path], flags: list[str]) -> None:
-        self.text += [f"build {out}: {rule} {' '.join(map(str, objects))}", f"  flags = {' '.join(flags)}"]
+        self.text += [
+            f"build {escaped(out)}: {rule} {' '.join(map(escaped, objects))}",
+            f"  flags = {shlex.join(flags)}",
+        ]
         self.outputs.append(out)
 
     def run(self, target: Path) -> None:

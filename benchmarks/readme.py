@@ -26,7 +26,10 @@ SHAPE = "1024x3x32x32"
 
 def ops_table(folder: Path) -> list[str]:
     """The main size of every op: milliseconds and ratios, for each number of threads."""
-    lines = ["| float32 [1024, 3, 32, 32] | threads | ms | against eager | against torch.compile |", "|---|---|---|---|---|"]
+    lines = [
+        "| float32 [1024, 3, 32, 32] | threads | ms | against eager | against torch.compile |",
+        "|---|---|---|---|---|",
+    ]
     for (benchmark, case), title in OPS.items():
         rows = json.loads((folder / f"{benchmark}.json").read_text())["rows"]
         picked = [r for r in rows if (r["case"], r["shape"], r["dtype"]) == (case, SHAPE, "float32")]
@@ -39,7 +42,10 @@ def ops_table(folder: Path) -> list[str]:
 def training_table(folder: Path) -> list[str]:
     """Method 3.5 at the student preset, item by item."""
     rows = json.loads((folder / "training.json").read_text())["rows"]
-    lines = ["| method 3.5, student network, batch 128 | threads | images/s | against the reference |", "|---|---|---|---|"]
+    lines = [
+        "| method 3.5, student network, batch 128 | threads | images/s | against the reference |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         lines.append(
             f"| {row['provider']} | {row['threads']} | {row['images_per_s']:.0f} | {row['over_as_coded']:.2f}× |"
@@ -50,7 +56,9 @@ def training_table(folder: Path) -> list[str]:
 def section(folder: Path) -> str:
     """What stands between the marks."""
     meta = json.loads((folder / "noise.json").read_text())["meta"]
-    about = f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
+    about = (
+        f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
+    )
     return "\n".join([BEGIN, about, "", *ops_table(folder), "", *training_table(folder), END])
 
 

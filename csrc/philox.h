@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., SC 2011) and the Box-Muller transform: the one random number generator of the
-// host, the CPU kernels and the CUDA kernels. kernels/random.py repeats it for Triton, diffgan_fast/random.py for
+// host, the CPU kernels and the CUDA kernels. kernels/random.py repeats it for Triton, diffgan_fast/_philox.py for
 // plain torch.
 //
 //   key     = (lo, hi) of a 64-bit integer

@@ -32,14 +32,15 @@ def block(c0, c1, c2, c3, k0, k1):
 
 
 def fold_tensors(key: int | torch.Tensor, words: Sequence[int | torch.Tensor]) -> torch.Tensor:
-    """`random.fold_in` on the device: int64 keys of the broadcast shape."""
-    device = next(x.device for x in (key, *words) if isinstance(x, torch.Tensor))
-    k = torch.as_tensor(key, dtype=torch.int64, device=device)
+    """`random.fold_in` on the device: int64 keys of the broadcast shape.
+
+    Ints stay ints: a tensor made from one would be a copy from the host, which no graph can capture.
+    """
+    k: int | torch.Tensor = key
     for word in words:
-        lo = torch.as_tensor(word & _MASK, device=device)
-        hi = torch.as_tensor((word >> 32) & _MASK, device=device)
-        w0, w1, _, _ = block(lo, hi, 0xF01D, 1, k & _MASK, (k >> 32) & _MASK)
+        w0, w1, _, _ = block(word & _MASK, (word >> 32) & _MASK, 0xF01D, 1, k & _MASK, (k >> 32) & _MASK)
         k = (w0 | (w1 << 32)) & (2**63 - 1)
+    assert isinstance(k, torch.Tensor)
     return k
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
-from diffgan_fast.run import Run, build, load, pick_device
+from diffgan_fast.run import Run, build, fingerprint, load, pick_device
 
 GRID = 64  # images in a sample grid
 STRIP = 4  # images in a strip over noise levels
@@ -64,34 +66,26 @@ def train(
         KeyboardInterrupt: after a checkpoint was written.
     """
     kind, where = find_method(method), pick_device(device)
-    train_data = data_sets.load(data, subset=subset)
-    folder = Path(out) if out is not None else Path("runs") / f"{method}-{train_data.name}"
     if base is not None and not kind.fine_tunes:
         raise ValueError(f"base: method {method!r} does not start from another run")
-    start = load(base, data=data, device=where) if isinstance(base, str | Path) else base
+    data = _read_once(data)
+    train_data = data_sets.load(data, subset=subset)
+    folder = Path(out) if out is not None else Path("runs") / f"{method}-{train_data.name}"
+    start = load(base, data=data, device=where, model=model) if isinstance(base, str | Path) else base
     config = kind.Config.make(preset, **_with_base(options, start))
     instance = kind(config, train_data.shape, train_data.num_classes)
     given = {name: net for name, net in (("denoiser", model), ("critic", critic)) if net is not None}
-    inherited = start.given if start is not None else ()
-    settings = _settings(instance, train_data, data, seed, subset, sorted({*given, *inherited}))
+    settings = _settings(instance, train_data, data, seed, subset, given, start)
     resuming = _prepare(folder, settings, resume)
-    if kind.fine_tunes and "denoiser" not in given and not (resuming and start is None):
-        if start is None:
-            shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
-            preset = preset if preset in find_method("ddpm").Config.PRESETS else None
-            start = train(
-                "ddpm",
-                data,
-                folder / "base",
-                seed=seed,
-                preset=preset,
-                resume=True,
-                device=device,
-                subset=subset,
-                progress=progress,
-                **shared,
-            )
-        given["denoiser"] = copy.deepcopy(start.state.sampling_net("denoiser")).requires_grad_(True)
+    if kind.fine_tunes and not resuming and start is None and model is None:
+        start = _train_base(data, folder / "base", seed, preset, config, device, subset, progress)
+        settings["base"] = _identity(start)
+    if start is not None:
+        net = start.state.sampling_net("denoiser")
+        if model is None:
+            given["denoiser"] = copy.deepcopy(net).requires_grad_(True)
+        else:
+            model.load_state_dict(net.state_dict())
     _warn_of_mismatch(instance)
 
     state = build(instance, given, seed, where)
@@ -117,8 +111,9 @@ def train(
     loop.run()
     _save_grid(run, state.step)
     key = random.fold_in(random.key(seed), "diagnose")
-    for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
-        report.strip(strip, folder / "samples" / f"{name}.png")
+    if train_data.shape[0] in (1, 3) and not train_data.points:
+        for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
+            report.strip(strip, folder / "samples" / f"{name}.png")
     if curves := instance.diagnose(state, feed.batch(state.step), key):
         checkpoint.write_text(folder / "levels.json", json.dumps(curves) + "\n")
     report.write_run(folder)
@@ -148,23 +143,51 @@ def compare(
     """
     if not names:
         raise ValueError("names must hold at least one method")
-    folder, rows, grids = Path(out), [], {}
-    for name in names:
-        kind = find_method(name)
-        start: dict[str, Any] = {"base": base} if kind.fine_tunes and base is not None else {}
-        extra = {**common, **(options or {}).get(name, {})}
-        run = train(name, data, folder / name, seed=seed, resume=True, **start, **extra)
+    folder, data, found, options = Path(out), _read_once(data), {}, options or {}
+    if base is None and "ddpm" not in names and any(find_method(name).fine_tunes for name in names):
+        known = {f.name for f in dataclasses.fields(find_method("ddpm").Config)}
+        shared = {k: v for k, v in common.items() if k in known or k in ("device", "subset", "progress")}
+        base = train("ddpm", data, folder / "base", seed=seed, resume=True, **shared)
+    for name in sorted(names, key=lambda name: name != "ddpm"):  # the base comes first
+        start: dict[str, Any] = {"base": base} if find_method(name).fine_tunes else {}
+        run = train(name, data, folder / name, seed=seed, resume=True, **start, **{**common, **options.get(name, {})})
         if name == "ddpm" and base is None:
             base = run
         stored = run.path / "evaluation.json"
         scores = json.loads(stored.read_text()) if stored.exists() else {}
-        if scores.get("n") != n:
+        if (scores.get("n"), scores.get("step"), scores.get("seed")) != (n, run.state.step, 1) or "kid" not in scores:
             scores = run.evaluate(n)
         report.write_run(run.path)
-        rows.append({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)})
-        grids[name] = run.path / "samples" / f"step-{run.state.step}.png"
-    report.write_comparison(rows, folder / "report.html", title=f"{', '.join(names)} on {run.data_name}", figures=grids)
+        grid = run.path / "samples" / f"step-{run.state.step}.png"
+        found[name] = ({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)}, grid, run.data_name)
+    rows, grids = [found[name][0] for name in names], {name: found[name][1] for name in names}
+    title = f"{', '.join(names)} on {found[names[0]][2]}"
+    report.write_comparison(rows, folder / "report.html", title=title, figures=grids)
     return rows
+
+
+def _read_once(data: Any) -> Any:
+    """A name or a path as a string, for it can be read again; everything else in memory, for an iterator can not."""
+    if isinstance(data, os.PathLike):
+        return str(Path(data).expanduser().resolve())
+    return data if isinstance(data, str) else data_sets.load(data)
+
+
+def _train_base(data, folder, seed, preset, config, device, subset, progress) -> Run:
+    """The `ddpm` that a fine-tuning method starts from, with the settings that concern its denoiser."""
+    preset = "student" if preset == "as-coded" else preset
+    if preset not in find_method("ddpm").Config.PRESETS:
+        preset = None
+    shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
+    common = dict(seed=seed, preset=preset, resume=True, device=device, subset=subset, progress=progress)
+    return train("ddpm", data, folder, **common, **shared)
+
+
+def _identity(base: Run | None) -> dict[str, Any] | None:
+    """Which weights a run started from."""
+    if base is None:
+        return None
+    return {"step": base.state.step, "weights": fingerprint(base.state.sampling_net("denoiser"))}
 
 
 def _with_base(options: dict[str, Any], base: Run | None) -> dict[str, Any]:
@@ -178,9 +201,18 @@ def _with_base(options: dict[str, Any], base: Run | None) -> dict[str, Any]:
     return {**shared, **options}
 
 
-def _settings(method: Method, data: data_sets.Data, source: Any, seed: int, subset: int | None, given: list) -> dict:
+def _settings(
+    method: Method,
+    data: data_sets.Data,
+    source: Any,
+    seed: int,
+    subset: int | None,
+    given: dict[str, nn.Module],
+    base: Run | None,
+) -> dict[str, Any]:
     """What config.json holds."""
     schedule = getattr(method, "schedule", None)
+    own = {*given, *(n for n in (base.given if base is not None else ()) if n == "denoiser")}
     return {
         "method": method.name,
         "data": source if isinstance(source, str) else data.name,
@@ -190,45 +222,58 @@ def _settings(method: Method, data: data_sets.Data, source: Any, seed: int, subs
         "seed": seed,
         "shape": list(method.shape),
         "num_classes": method.num_classes,
-        "given": given,
+        "given": sorted(own),
+        "base": _identity(base),
         "config": method.config.to_dict(),
         "schedule": {} if schedule is None else {"T": schedule.T, "prior_mismatch": schedule.prior_mismatch},
         "versions": {"diffgan_fast": backends.info()["version"], "torch": torch.__version__},
     }
 
 
-def _prepare(folder: Path, settings: dict, resume: bool) -> bool:
+def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
     """Makes the run's folder. True if there is a checkpoint to go on from; ValueError if it holds something else."""
-    path = folder / "config.json"
+    path, done = folder / "config.json", checkpoint.steps(folder)
     if path.exists():
         if not resume:
             raise ValueError(f"out {folder} holds a run already: pass resume=True to go on with it, or another out")
-        # a run may be made longer; everything else must be as it was
-        free = ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "versions", "config")
-        ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, json.loads(path.read_text())))
+        stored = json.loads(path.read_text())
+        settings["base"] = settings["base"] or stored["base"]
+        # a run may be made longer where that does not change its learning rates, and logged otherwise
+        free = {"log_every", "sample_every", "checkpoint_every", "keep", "versions", "config"}
+        if settings["config"]["lr_schedule"] == "constant":
+            free.add("steps")
+        ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, stored))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:
-            raise ValueError(
-                f"out {folder} holds a run with other settings ({', '.join(different)}): it cannot be resumed so"
-            )
+            names = ", ".join(different)
+            raise ValueError(f"out {folder} holds a run with other settings ({names}): it cannot be resumed so")
+        if done and settings["config"]["steps"] < done[-1]:
+            raise ValueError(f"steps must be at least {done[-1]}, which out {folder} has trained; got {ours['steps']}")
+    elif done:
+        raise ValueError(f"out {folder} has checkpoints but no config.json: it is no run of this library")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples").mkdir(exist_ok=True)
-    if not checkpoint.steps(folder):
+    if done:
+        checkpoint.write_text(path, json.dumps(settings, indent=1) + "\n")
+    elif path.exists():
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # rows of a start that never reached a checkpoint
-        return False
-    checkpoint.write_text(path, json.dumps(settings, indent=1) + "\n")
-    return True
+    return bool(done)
 
 
 def _drop_rows_after(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        checkpoint.write_text(path, "".join(kept))
+    kept = [json.dumps(row) + "\n" for row in checkpoint.read_rows(path) if row["step"] <= step]
+    checkpoint.write_text(path, "".join(kept))
 
 
 def _save_grid(run: Run, step: int) -> None:
-    report.save_grid(run.sample(GRID, seed=0), run.path / "samples" / f"step-{step}.png")
+    if len(run.method.shape) != 3 or run.method.shape[0] not in (1, 3):
+        return  # nothing that a picture could show
+    images = run.sample(GRID, seed=0)
+    if images.isfinite().all():
+        report.save_grid(images, run.path / "samples" / f"step-{step}.png")
+    else:
+        warnings.warn(f"samples at step {step} are not finite: no grid is written", stacklevel=2)
 
 
 def _warn_of_mismatch(method: Method) -> None:

@@ -26,6 +26,8 @@ class BackendError(RuntimeError):
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if importlib.util.find_spec("diffgan_fast.kernels") is None:
+        return "the kernels are not installed (pip install -e .)"
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
     return None

@@ -49,9 +49,22 @@ def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
 def _add_train_command(name: str, config: type[TrainConfig]) -> None:
     def command(data, out, seed, preset, base, resume, device, subset, **options) -> None:
         given = {k: v for k, v in options.items() if v is not None}
-        run = dgf.train(
-            name, data, out, seed=seed, preset=preset, base=base, resume=resume, device=device, subset=subset, **given
-        )
+        try:
+            run = dgf.train(
+                name,
+                data,
+                out,
+                seed=seed,
+                preset=preset,
+                base=base,
+                resume=resume,
+                device=device,
+                subset=subset,
+                **given,
+            )
+        except KeyboardInterrupt:
+            typer.echo("stopped; a checkpoint is written. The same command with --resume goes on from it.", err=True)
+            raise typer.Exit(130) from None
         typer.echo(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
 
     presets = ", ".join(config.PRESETS) or "none"
@@ -177,7 +190,7 @@ def _scores(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors of use are one line, not a stack trace."""
-    errors: tuple[type[Exception], ...] = (ValueError, dgf.BackendError, dgf.TrainingError)
+    errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
     try:
         app(args=arguments)
     except errors as error:

@@ -23,7 +23,7 @@ Shape = int | Sequence[int]
 
 
 def key(seed: int) -> int:
-    """The key of a seed: any int, negative or large. Different seeds below 2^63 give different keys."""
+    """The key of a seed: any int, negative or large. Philox of the seed, so that near seeds give keys far apart."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an int, got {seed!r}")
     return fold_in(seed & KEY_MASK, "seed", seed >> 63)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +24,27 @@ def pick_device(device: str | torch.device) -> torch.device:
     """ "auto" is the first CUDA device, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return picked
+
+
+def fingerprint(net: nn.Module) -> str:
+    """BLAKE2b of a network's weights: who it is."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build(method: Method, given: dict[str, nn.Module], seed: int, device: torch.device) -> State:
     """A method's networks, initialised from the seed, on the device, with their optimisers."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(random.fold_in(random.key(seed), "networks"))
         nets = method.networks(given)
     layout = torch.channels_last if method.config.channels_last else torch.contiguous_format
@@ -57,8 +74,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: scalars, one row a logged step."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return checkpoint.read_rows(self.path / "metrics.jsonl")
 
     @property
     def seconds(self) -> float:
@@ -85,7 +101,7 @@ class Run:
         return torch.cat(parts)
 
     def reference(self, split: str = "train") -> data_sets.Data:
-        """The data of this run: "train", which it was trained on, or the "test" split of a named data set."""
+        """All of "train", also if a subset was trained on, or the "test" split of a named data set."""
         if self._data is None:
             raise ValueError("this run was trained on your own data: pass it to dgf.load as data=")
         if split != "train" and not isinstance(self._data, str):
@@ -99,10 +115,12 @@ class Run:
 
         See `metrics.evaluate`; the result is kept as evaluation.json.
         """
-        held_out = self.reference("test") if self.data_name in data_sets.datasets() else None
+        named = isinstance(self._data, str) and self._data in data_sets.datasets()
+        held_out = self.reference("test") if named else None
         result = measures.evaluate(
             self.sample(n, seed), self.reference(), metrics=tuple(metrics), extractor=extractor, held_out=held_out
         )
+        result |= {"step": self.state.step, "seed": seed}
         checkpoint.write_text(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
 
@@ -123,7 +141,7 @@ class Run:
         return path
 
 
-def load(path: str | Path, *, data: Any = None, device: str | torch.device = "auto", **given: nn.Module) -> Run:
+def load(path: str | Path, *, data: Any = None, device: str | torch.device = "auto", **given: nn.Module | None) -> Run:
     """A run from its directory, at its last checkpoint.
 
     Args:
@@ -139,11 +157,13 @@ def load(path: str | Path, *, data: Any = None, device: str | torch.device = "au
     stored = json.loads((path / "config.json").read_text())
     kind = methods.find(stored["method"])
     method = kind(kind.Config(**stored["config"]), tuple(stored["shape"]), stored["num_classes"])
-    given = {"denoiser" if name == "model" else name: net for name, net in given.items()}
+    own = {"denoiser" if name == "model" else name: net for name, net in given.items() if net is not None}
     for name in stored["given"]:
-        if name not in given:
-            raise ValueError(f"this run was trained with your own {name!r}: pass the same architecture as {name}=")
-    state = build(method, given, stored["seed"], pick_device(device))
+        if name not in own:
+            keyword = "model" if name == "denoiser" else name
+            raise ValueError(f"this run was trained with your own {name!r}: pass the same architecture as {keyword}=")
+    own = {name: copy.deepcopy(own[name]) for name in stored["given"]}
+    state = build(method, own, stored["seed"], pick_device(device))
     checkpoint.load(path, state)
     source = stored["data"] if stored["data_is_named"] else data
     return Run(path, method, state, stored["seed"], source, stored)

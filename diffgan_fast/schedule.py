@@ -32,13 +32,14 @@ class RowCache:
         key = (kind, like.device, double)
         value = self._rows.get(key)
         if value is None:
-            value = build(self, *args).to(torch.float64 if double else torch.float32).contiguous().to(like.device)
+            with torch.inference_mode(False):  # the rows will also serve calls that need gradients
+                value = build(self, *args).to(torch.float64 if double else torch.float32).contiguous().to(like.device)
             self._rows[key] = value
         return value
 
 
 class Schedule(RowCache):
-    """A variance-preserving noise schedule of T steps. Immutable; make one with a class method below.
+    """A variance-preserving noise schedule of T steps. Not to be changed; make one with a class method below.
 
     Float64 CPU tensors [T + 1], indexed by t (Ho et al. 2020, §2 and Eqs. 6-7):
         betas, alphas, alphas_cumprod: beta_t (beta_0 = 0), alpha_t = 1 - beta_t, abar_t.

@@ -61,7 +61,7 @@ struct F16 {
 #endif
 };
 
-// Calls f.operator()<Element>() with the struct of a dtype.
+// Calls f with the struct of a dtype.
 template <class Fn>
 auto with_dtype(Dtype d, Fn&& f) {
   switch (d) {

@@ -38,11 +38,29 @@ def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
     for file in part.iterdir():
         with open(file, "rb") as f:
             os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    old = root / f".step-{state.step}.old"
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     os.replace(part, final)
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(root / f"step-{old}")
+    shutil.rmtree(old, ignore_errors=True)
+    folder_handle = os.open(root, os.O_RDONLY)
+    os.fsync(folder_handle)
+    os.close(folder_handle)
+    for step in steps(folder)[:-keep]:
+        shutil.rmtree(root / f"step-{step}")
     return final
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, without a last one that a killed process left half written."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def steps(folder: Path) -> list[int]:

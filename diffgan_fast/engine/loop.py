@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -61,15 +65,34 @@ class Loop:
             net.train()
         bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
         self._since = time.perf_counter()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar, self._interrupts():
             try:
                 while state.step < c.steps:
                     self._step(bar)
+                    if self._interrupted:
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
                 self.save()
                 raise
         if state.step not in checkpoint.steps(self.folder):
             self.save()
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Ctrl-C takes effect between steps: a step that was cut in two could not be resumed."""
+        self._interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread is interrupted, and may install handlers
+            return
+
+        def note(*_) -> None:
+            self._interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _step(self, bar: tqdm) -> None:
         c, state = self.config, self.state
@@ -88,8 +111,11 @@ class Loop:
             self.save()
 
     def save(self) -> None:
-        """Writes a checkpoint of the present step, once the losses so far are known to be finite."""
+        """Writes a checkpoint of the present step, once losses and weights are known to be finite."""
         self._settle()
+        for name, net in self.state.nets.items():
+            if not all(bool(p.isfinite().all()) for p in net.parameters()):
+                self._fail(f"a weight of {name!r}", self.state.step)
         self._clock()
         checkpoint.save(self.folder, self.state, {"seconds": self.seconds, "unlogged": self.unlogged}, self.config.keep)
 
@@ -113,11 +139,14 @@ class Loop:
             flat = flat[len(losses) :]
             for name, value in values.items():
                 if not math.isfinite(value):
-                    kept = checkpoint.steps(self.folder)
-                    where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
-                    raise TrainingError(f"{name} is not finite at step {step}; last good checkpoint: {where}")
+                    self._fail(name, step)
             self.unlogged.append(values)
         self._pending.clear()
+
+    def _fail(self, what: str, step: int) -> NoReturn:
+        kept = checkpoint.steps(self.folder)
+        where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
+        raise TrainingError(f"{what} is not finite at step {step}; last good checkpoint: {where}")
 
     def _log(self) -> str:
         """Writes the means of the losses since the last row as one row."""

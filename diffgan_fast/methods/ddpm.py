@@ -30,7 +30,9 @@ def losses(
     Args: x0 [N, …] data, t int64 [N] in 1..T; the rest as for `ops.add_noise` and `ops.denoising_loss`.
     """
     x_t = add_noise(x0, t, schedule, key, first_sample=first_sample)
-    return denoising_loss(denoiser(x_t, t), x0, t, schedule, key, prediction=prediction, first_sample=first_sample)
+    return denoising_loss(
+        denoiser(x_t, t).to(x0.dtype), x0, t, schedule, key, prediction=prediction, first_sample=first_sample
+    )
 
 
 @dataclass(kw_only=True)

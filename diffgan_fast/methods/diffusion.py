@@ -10,7 +10,7 @@ from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.engine import Method, State, TrainConfig, evaluating, option
-from diffgan_fast.ops import add_noise
+from diffgan_fast.ops import add_noise, support
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
 from diffgan_fast.schedule import Prediction, Schedule
@@ -147,9 +147,10 @@ def predicted_noise(
     out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule, prediction: Prediction
 ) -> torch.Tensor:
     """eps_hat, the noise that a network's output stands for: the output itself, or what follows from its x0 or v."""
+    out = out.to(x_t.dtype)
     if prediction == "eps":
         return out
-    abar = schedule.on(x_t.device)[t].reshape(-1, *[1] * (x_t.dim() - 1))
+    abar = support.take(schedule.on(x_t.device), t).reshape(-1, *[1] * (x_t.dim() - 1))
     signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
     return (x_t - signal * out) / noise if prediction == "x0" else noise * x_t + signal * out
 

@@ -4,7 +4,7 @@ t enters the critic as a constant plane beside the noise.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffgan_fast.engine import option
 from diffgan_fast.methods.noise_critic import NoiseCritic, NoiseCriticConfig, losses
@@ -14,6 +14,10 @@ __all__ = ["Method35", "losses"]
 
 @dataclass(kw_only=True)
 class Config(NoiseCriticConfig):
+    PRESETS: ClassVar = {
+        name: {**settings, "critic_init": "dcgan"} if name in ("student", "as-coded") else settings
+        for name, settings in NoiseCriticConfig.PRESETS.items()
+    }
     inputs: Literal["eps", "eps,t", "eps,x_t", "eps,x_t,t"] = option("eps,t", "what the critic sees")
 
 

@@ -76,6 +76,9 @@ class NoiseCriticConfig(DiffusionConfig):
     lr: float = option(1e-5, "learning rate of the denoiser", low=0)
     critic_lr: float = option(1e-4, "learning rate of the critic", low=0)
     critic_steps: int = option(400, "first steps, in which the critic trains alone", unit="steps", low=0)
+    critic_init: Literal["default", "dcgan"] = option(
+        "default", "initial weights of the critic: torch's, or N(0, 0.02)"
+    )
     critic_width: int = option(64, "channels of the critic's first convolution", low=1)
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the denoiser")
     mse_weight: float = option(0.0, "weight of the noise-prediction loss beside the adversarial one", low=0)
@@ -98,7 +101,12 @@ class NoiseCritic(DiffusionMethod):
         inputs = ("x", *(i for i in ("x_t", "t") if i in self.config.inputs.split(",")))
         channels, size, _ = self.shape
         critic = given.get("critic") or nets.DCGANCritic(
-            channels, size, width=self.config.critic_width, inputs=inputs, T=self.schedule.T
+            channels,
+            size,
+            width=self.config.critic_width,
+            inputs=inputs,
+            T=self.schedule.T,
+            init=self.config.critic_init,
         )
         return {"denoiser": given.get("denoiser") or self.make_denoiser(), "critic": critic}
 

@@ -52,42 +52,42 @@ _RESIDUAL_MEAN = Op(
 
 
 class _Residual(torch.autograd.Function):
-    """w r, linear in x: the backward is plain torch. `constants`: y and what follows in the raw op, without scale."""
+    """w r, linear in x: the backward is plain torch. `constants`: rows, t, row, then key, key_t and first."""
 
     @staticmethod
-    def forward(x, constants):
-        y, rows, t, row, *noise = constants
+    def forward(x, y, constants):
+        rows, t, row, *noise = constants
         return _RESIDUAL.on(x.device.type)(x, y, rows, t, row, rows.new_ones(()), *noise)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.rows = inputs[1][1:4]
+        support.save_rows(ctx, inputs[2])
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad * support.pick_rows(*ctx.rows, grad)[0]).to(grad.dtype), None
+        return (grad * support.pick_rows(*support.saved_rows(ctx), grad)[0]).to(grad.dtype), None, None
 
 
 class _Loss(torch.autograd.Function):
     """The mean of w r^2, with `constants` as above."""
 
     @staticmethod
-    def forward(x, high, constants):
-        return support.call(_RESIDUAL_MEAN.on(x.device.type), constants[2], 0, high, x, *constants)
+    def forward(x, y, high, constants):
+        return support.call(_RESIDUAL_MEAN.on(x.device.type), constants[1], 0, high, x, y, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.constants = inputs
-        ctx.save_for_backward(x)
+        x, y, _, (_, _, _, ctx.key, key_t, ctx.first) = inputs
+        support.save_rows(ctx, inputs[3], x, y, key_t)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+        rows, t, x, y, key_t = ctx.saved_tensors
+        noise = (ctx.key, key_t, ctx.first)
         scale = grad * (2 / max(x.numel(), 1))
         if torch.is_grad_enabled():  # create_graph: the product with the incoming gradient stays in the graph
-            return (_residual(x, ctx.constants) * scale).to(x.dtype), None, None
-        y, rows, t, row, *noise = ctx.constants
-        return _RESIDUAL.on(x.device.type)(x, y, rows, t, row, scale, *noise), None, None
+            return (_residual(x, y, (rows, t, ctx.row, *noise)) * scale).to(x.dtype), None, None, None
+        return _RESIDUAL.on(x.device.type)(x, y, rows, t, ctx.row, scale, *noise), None, None, None
 
 
 _residual = support.differentiable(_Residual)
@@ -120,13 +120,13 @@ def _loss(x, y, rows, steps, row, high, key, weight, first_sample):
             raise ValueError("weight needs t of shape [N]: with a level a channel it would be ambiguous")
         if steps is not None:
             support.check_range(steps, 0, high)
-        picked = rows[row].expand(x.shape[0], 3) if steps is None else rows[steps]
+        picked = rows[row].expand(x.shape[0], 3) if steps is None else support.take(rows, steps)
         rows = torch.cat((weight.to(rows.dtype)[:, None], picked[:, 1:]), 1)
         steps, row = None, -1
     first = support.first_element(first_sample, x)
     key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
-    constants = (y, rows, steps, row, key, key_t, first)
-    return (_mean_square if support.needs_autograd(x) else _Loss.forward)(x, high, constants)
+    constants = (rows, steps, row, key, key_t, first)
+    return (_mean_square if support.needs_autograd(x) else _Loss.forward)(x, y, high, constants)
 
 
 def noise_mse(

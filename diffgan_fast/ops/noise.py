@@ -71,17 +71,17 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.rows = inputs[2][:3]
+        support.save_rows(ctx, inputs[2])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, _):
-        return (None if grad is None else _scaled(grad, *ctx.rows, 0)), None, None
+        return (None if grad is None else _scaled(grad, *support.saved_rows(ctx), 0)), None, None
 
     @staticmethod
     def tangent(ctx, tangent, *_):
-        return _scaled(tangent, *ctx.rows, 0), None
+        return _scaled(tangent, *support.saved_rows(ctx), 0), None
 
 
 class _NoisePair(torch.autograd.Function):
@@ -93,16 +93,20 @@ class _NoisePair(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.rows = inputs[2][:3]
+        support.save_rows(ctx, inputs[2])
 
     @staticmethod
     def backward(ctx, previous, current):
-        return _scaled(previous + _scaled(current, *ctx.rows, 2), *ctx.rows, 0), None, None
+        return (
+            _scaled(previous + _scaled(current, *support.saved_rows(ctx), 2), *support.saved_rows(ctx), 0),
+            None,
+            None,
+        )
 
     @staticmethod
     def tangent(ctx, tangent, *_):
-        previous = _scaled(tangent, *ctx.rows, 0)
-        return previous, _scaled(previous, *ctx.rows, 2)
+        previous = _scaled(tangent, *support.saved_rows(ctx), 0)
+        return previous, _scaled(previous, *support.saved_rows(ctx), 2)
 
 
 _add_noise = support.differentiable(_AddNoise)
@@ -189,7 +193,8 @@ def add_noise(
         if steps is not None:
             support.check_range(steps, 0, schedule.T)
         a, s = support.pick_rows(rows, steps, row, x0)
-        out = torch.where(s == 0, a * x0, a * x0 + s * sigma * noise).to(x0.dtype)
+        wide = x0.to(rows.dtype)
+        out = torch.where(s == 0, a * wide, a * wide + s * sigma * noise).to(x0.dtype)
         return (out, noise) if return_noise else out
     first = support.first_element(first_sample, x0)
     key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)

@@ -13,7 +13,7 @@ from diffgan_fast.ops.dispatch import Op
 class Draw(enum.IntEnum):
     """What a word becomes.
 
-    The values are those of `Draw` in csrc/cpu/core.h, csrc/cuda/core.cuh and kernels/random.py.
+    The values are those of `Draw` in csrc/grid.h and kernels/random.py.
     """
 
     BITS = 0

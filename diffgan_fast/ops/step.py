@@ -66,18 +66,18 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, (rows, t, row, ctx.guidance, ctx.logit_scale, ctx.clip, *_) = inputs
-        ctx.rows, ctx.uncond = (rows, t, row), tensors[2] is not None
-        ctx.save_for_backward(*tensors if ctx.clip else ())
-        ctx.save_for_forward(*tensors if ctx.clip else ())
+        *tensors, _, constants = inputs
+        ctx.guidance, ctx.logit_scale, ctx.clip = constants[3:6]
+        ctx.uncond = tensors[2] is not None
+        support.save_rows(ctx, constants, *tensors if ctx.clip else ())
 
     @staticmethod
     def _partials(ctx, like):
         """d out / d x and d out / d e' (numbers or per-element tensors), and d e' / d logit_grad."""
-        a, b, _, guide, px, pe, c0, cx = support.pick_rows(*ctx.rows, like)
+        a, b, _, guide, px, pe, c0, cx = support.pick_rows(*support.saved_rows(ctx), like)
         if not ctx.clip:
             return a, b, guide * ctx.logit_scale
-        x, e, e_uncond, logit_grad = ctx.saved_tensors
+        x, e, e_uncond, logit_grad = ctx.saved_tensors[2:]
         inside = px * x + pe * _guided(e, e_uncond, logit_grad, guide, ctx.guidance, ctx.logit_scale)
         open_ = c0 * ((inside >= -1) & (inside <= 1))
         return cx + px * open_, pe * open_, guide * ctx.logit_scale
@@ -253,10 +253,11 @@ def ddim_step(
     else:
         support.check_range(steps, 1, schedule.T)
         support.check_range(steps_prev, 0, schedule.T - 1, "t_prev")
-        if steps.device.type == "cpu" and bool((steps_prev >= steps).any()):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((steps_prev >= steps).any()):
             raise ValueError("t_prev must be below t in every sample")
         abar = schedule.on(x.device)
-        rows = _ddim_rows(abar[steps], abar[steps_prev], eta, prediction).reshape(-1, 8)
+        rows = _ddim_rows(support.take(abar, steps), support.take(abar, steps_prev), eta, prediction)
+        rows = rows.masked_fill((steps_prev >= steps).reshape(-1, 1), torch.nan)
         rows, which = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous(), -1
     return _run(
         x,

@@ -35,7 +35,7 @@ def key_arguments(
             raise ValueError("with one key a sample the noise does not depend on the batch: first_sample must be 0")
         return 0, key.contiguous()
     check_key(key)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "key is an int, which a CUDA graph would repeat at every replay: pass an int64 tensor on the device"
         )
@@ -156,6 +156,28 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     return forward_ad._current_level >= 0
 
 
+def save_rows(ctx: Any, constants: tuple, *tensors: torch.Tensor | None) -> None:
+    """Keeps the rows and t of a call, which lead its constants, and `tensors` for backward and tangent.
+
+    As saved tensors, so that torch notices if one is changed in place before they are used.
+    """
+    rows, t, ctx.row = constants[:3]
+    ctx.save_for_backward(rows, t, *tensors)
+    ctx.save_for_forward(rows, t, *tensors)
+
+
+def saved_rows(ctx: Any) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """What `save_rows` kept of the rows: the first arguments of `pick_rows`."""
+    return ctx.saved_tensors[0], ctx.saved_tensors[1], ctx.row
+
+
+def take(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Rows t of a table, [t.numel(), …]; NaN where t is out of range, which is never read."""
+    flat, last = t.reshape(-1), table.shape[0] - 1
+    bad = ((flat < 0) | (flat > last)).reshape(-1, *[1] * (table.dim() - 1))
+    return table.index_select(0, flat.clamp(0, last)).masked_fill(bad, float("nan"))
+
+
 def pick_rows(rows: torch.Tensor, t: torch.Tensor | None, row: int, like: torch.Tensor) -> list[torch.Tensor]:
     """The columns of the coefficient rows of a call, each shaped to broadcast against `like`.
 
@@ -167,10 +189,7 @@ def pick_rows(rows: torch.Tensor, t: torch.Tensor | None, row: int, like: torch.
             return list(rows[row].unbind(0))
         picked, shape = rows, (rows.shape[0],)
     else:
-        last = rows.shape[0] - 1
-        picked = rows.index_select(0, t.reshape(-1).clamp(0, last))
-        bad = ((t < 0) | (t > last)).reshape(-1, 1)
-        picked, shape = picked.masked_fill(bad, float("nan")), t.shape
+        picked, shape = take(rows, t), t.shape
     return [c.reshape(*shape, *[1] * (like.dim() - len(shape))) for c in picked.unbind(1)]
 
 

@@ -1,6 +1,8 @@
 """The engine through its public face: a tiny network on the embedded digits."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def same(a, b):
 def train(method, out, **options):
     if "model" not in options:
         options["model"] = Net()
-    return dgf.train(method, out=out, **{**TINY, **options})
+    return dgf.train(method, **{"out": out, **TINY, **options})
 
 
 METHODS = {
@@ -296,3 +298,101 @@ def test_compare_makes_a_table_and_reuses_what_is_complete(tmp_path):
     assert dgf.load(tmp_path / "method3").method.config.T == 6
     again = dgf.compare(["ddpm", "method3"], "digits", tmp_path, **common)
     assert again == rows
+    options["ddpm"]["steps"] = 3
+    with pytest.raises(ValueError, match="base"):  # its old base is gone
+        dgf.compare(["ddpm", "method3"], "digits", tmp_path, **common)
+
+
+def test_compare_shares_one_base_whatever_the_order(tmp_path):
+    options = {name: dict(steps=1, critic_steps=1, critic_width=8) for name in ("method3", "method3.5")}
+    rows = dgf.compare(["method3.5", "method3"], "digits", tmp_path, batch_size=16, T=6, n=40, sample_every=0,
+                       progress=False, steps=1, options=options)  # fmt: skip
+    assert [row["method"] for row in rows] == ["method3.5", "method3"]
+    bases = [json.loads((tmp_path / name / "config.json").read_text())["base"] for name in options]
+    assert bases[0] == bases[1] and (tmp_path / "base" / "config.json").exists()
+
+
+def test_ctrl_c_inside_a_step_takes_effect_after_it(tmp_path):
+    """A step cut in two could not be resumed: the signal waits until the step is whole."""
+    start = Net().state_dict()
+
+    class Interrupted(Net):
+        calls = 0
+
+        def forward(self, x, t):
+            Interrupted.calls += 1
+            if Interrupted.calls == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x, t)
+
+    def net(kind):
+        model = kind()
+        model.load_state_dict(start)
+        return model
+
+    options = dict(steps=8, critic_steps=2, critic_width=8)
+    whole = train("method3", tmp_path / "whole", model=net(Net), **options)
+    with pytest.raises(KeyboardInterrupt):
+        train("method3", tmp_path / "cut", model=net(Interrupted), **options)
+    assert checkpoint.steps(tmp_path / "cut") == [7]
+    cut = train("method3", tmp_path / "cut", model=net(Net), resume=True, **options)
+    assert same(whole, cut)
+
+
+def test_a_resumed_run_keeps_its_base(tmp_path):
+    options = dict(steps=2, critic_steps=1, critic_width=8, batch_size=16, progress=False)
+    base, other = (train("ddpm", tmp_path / name, steps=steps) for name, steps in (("a", 2), ("b", 3)))
+    dgf.train("method3", base=base, out=tmp_path / "m", **options)
+    with pytest.raises(ValueError, match="other settings .base"):
+        dgf.train("method3", base=other, out=tmp_path / "m", resume=True, **{**options, "steps": 4})
+    longer = dgf.train("method3", base=base, out=tmp_path / "m", resume=True, **{**options, "steps": 4})
+    assert longer.state.step == 4
+
+
+def test_a_base_can_be_named_by_its_path_with_ones_own_network(tmp_path):
+    base = train("ddpm", tmp_path / "base", steps=2)
+    tuned = train(
+        "method3", tmp_path / "m", base=tmp_path / "base", model=Net(), steps=1, critic_steps=1, critic_width=8
+    )
+    for mine, theirs in zip(tuned.state["denoiser"].parameters(), base.state.ema["denoiser"].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_iterator_is_read_once(tmp_path):
+    batches = (torch.rand(8, 1, 8, 8) * 2 - 1 for _ in range(3))
+    run = train("ddpm", tmp_path, data=batches, steps=2)
+    assert len(run.reference()) == 24
+
+
+def test_runs_are_not_shortened_nor_stretched_under_a_schedule(tmp_path):
+    train("ddpm", tmp_path / "a", steps=4)
+    with pytest.raises(ValueError, match="steps must be at least 4"):
+        train("ddpm", tmp_path / "a", steps=2, resume=True)
+    train("ddpm", tmp_path / "b", steps=4, lr_schedule="cosine")
+    with pytest.raises(ValueError, match="steps"):
+        train("ddpm", tmp_path / "b", steps=8, lr_schedule="cosine", resume=True)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
+    class Poisoned(Net):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            out.register_hook(lambda g: g * float("nan"))
+            return out
+
+    with pytest.raises(dgf.TrainingError, match="a weight of 'denoiser' is not finite at step 1; .*none was written"):
+        train("ddpm", tmp_path, model=Poisoned(), steps=1)
+
+
+def test_a_torn_last_row_does_not_matter(tmp_path):
+    train("ddpm", tmp_path, steps=4)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    assert [row["step"] for row in dgf.load(tmp_path, model=Net()).history] == [2, 4]
+    assert [row["step"] for row in train("ddpm", tmp_path, steps=6, resume=True).history] == [2, 4, 6]
+
+
+def test_bad_devices_are_named(tmp_path):
+    for device in ("tpu9", "cuda:99"):
+        with pytest.raises(ValueError, match="device"):
+            train("ddpm", tmp_path / "x", device=device)

@@ -140,3 +140,22 @@ def test_bad_arguments_are_named():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_key_that_changes_before_backward_is_noticed():
+    out, key = torch.randn(3, 4, requires_grad=True), torch.tensor([5])
+    loss = dgf.ops.noise_mse(out, key)
+    key.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_rows_made_in_inference_mode_serve_training():
+    schedule, x = dgf.Schedule.linear(7), torch.randn(2, 3)
+    with torch.inference_mode():
+        dgf.ops.add_noise(x, 3, schedule, 1)
+        dgf.ops.denoising_loss(x, x, 3, schedule, 1, prediction="v")
+    leaf = x.clone().requires_grad_()
+    loss = dgf.ops.denoising_loss(dgf.ops.add_noise(leaf, 3, schedule, 1, noise=x), x, 3, schedule, 1, prediction="v")
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert torch.isfinite(torch.autograd.grad(grad.square().sum(), leaf)[0]).all()

@@ -260,3 +260,11 @@ def test_replays_follow_a_key_on_the_device():
         key.fill_(k)
         graph.replay()
         assert torch.equal(out, dgf.ops.add_noise(x0, 3, S, dgf.random.fold_in(k, 5)))
+
+
+@pytest.mark.gpu
+def test_compiles_on_a_gpu():
+    def f(x, t, key):
+        return dgf.ops.add_noise(x, t, S, key)
+
+    check_compiles(f, images((4, 3, 4, 4), device="cuda"), torch.tensor([1, 2, 3, T], device="cuda"))

@@ -253,3 +253,17 @@ def test_bad_pairs_of_steps_are_named():
         dgf.ops.ddim_step(x, x, 5, torch.tensor([1, 6]), S, 1)
     with pytest.raises(ValueError, match="eta"):
         dgf.ops.ddim_step(x, x, 5, 4, S, 1, eta=2)
+
+
+def test_ddim_with_tensor_steps_compiles():
+    def f(x, e, t, before, key):
+        return dgf.ops.ddim_step(x, e, t, before, S, key, eta=0.5)
+
+    check_compiles(f, torch.randn(3, 4), torch.randn(3, 4), torch.tensor([1, 20, T]), torch.tensor([0, 10, 299]))
+
+
+@pytest.mark.gpu
+def test_ddim_rows_out_of_range_are_nan_on_a_gpu():
+    x = torch.ones(4, 9, device="cuda")
+    t, before = (torch.tensor(v, device="cuda") for v in ([T + 1, 5, 5, 5], [0, -1, 5, 4]))
+    assert dgf.ops.ddim_step(x, x, t, before, S, 1).isnan().any(1).tolist() == [True, True, True, False]
