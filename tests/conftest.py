@@ -51,10 +51,10 @@ class Backend:
             self.dtypes += (torch.float64,)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with the real MNIST and CIFAR-10 files, if the machine has it."""
-    for folder in (os.environ.get("DIFFGAN_FAST_DATA"), Path(__file__).parents[2] / "shared" / "data"):
-        if folder and (Path(folder) / "mnist").is_dir():
-            return Path(folder)
-    pytest.skip("no real data: set DIFFGAN_FAST_DATA to a folder with mnist/")
+    """Folder with the real MNIST and CIFAR-10 files, or a visible skip."""
+    folder = Path(os.environ.get("DIFFGAN_FAST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / "mnist").is_dir():
+        pytest.skip("no real data: set DIFFGAN_FAST_DATA to a folder that holds mnist/ and cifar10*.npz")
+    return folder

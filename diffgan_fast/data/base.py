@@ -1,5 +1,6 @@
 """Data sets held in memory: uint8 images, or float images and points."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -31,7 +32,7 @@ def _select(values: Tensor, index) -> Tensor:
     return values.index_select(0, torch.as_tensor(index, dtype=torch.int64, device=values.device))
 
 
-class Data:
+class Data(ABC):
     """What every data set offers; :class:`ImageData` and :class:`FloatData` say how the values are stored.
 
     Attributes:
@@ -92,6 +93,7 @@ class Data:
                 digest.update(part.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    @abstractmethod
     def batch(self, index) -> Tensor:
         """Samples ready for a network.
 
@@ -102,7 +104,6 @@ class Data:
             float32 ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]`` in their own units;
             on the data's device.
         """
-        raise NotImplementedError
 
     def labels_of(self, index) -> Tensor:
         """Labels of the samples that ``batch(index)`` gives: int64 ``[n]``.
