@@ -10,7 +10,7 @@ from diffgan_fast.api import compare
 # What a small U-Net learns most from in two minutes on two cores: the cosine schedule and v, a narrow network and many
 # steps. Twenty steps of the stochastic DDIM sampler do as well as two hundred of DDPM.
 BASE: dict[str, Any] = dict(
-    steps=2000, batch_size=64, lr=4e-3, lr_schedule="cosine", warmup=50, ema=0.995, width=16,
+    steps=1700, batch_size=64, lr=4e-3, lr_schedule="cosine", warmup=50, ema=0.995, width=16,
     T=200, schedule="cosine", prediction="v", sampler="ddim", sample_steps=20, eta=1.0,
 )  # fmt: skip
 TUNED: dict[str, Any] = dict(steps=300, critic_steps=100, batch_size=64, ema=0.99)
