@@ -19,11 +19,11 @@ from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
+from diffgan_fast.report.run import PRIOR_LIMIT
 from diffgan_fast.run import Run, build, fingerprint, load, pick_device
 
 GRID = 64  # images in a sample grid
 STRIP = 4  # images in a strip over noise levels
-MISMATCH = 0.05  # sqrt(abar_T) above which sampling from pure noise is visibly wrong
 
 
 def train(
@@ -278,7 +278,7 @@ def _save_grid(run: Run, step: int) -> None:
 
 def _warn_of_mismatch(method: Method) -> None:
     schedule = getattr(method, "schedule", None)
-    if schedule is not None and schedule.prior_mismatch > MISMATCH:
+    if schedule is not None and schedule.prior_mismatch > PRIOR_LIMIT:
         warnings.warn(
             f"the schedule leaves sqrt(abar_T) = {schedule.prior_mismatch:.3f} of the data at t = T, but sampling "
             "starts from pure noise: samples will be biased (schedule='linear-scaled' or 'cosine' reaches the prior)",
