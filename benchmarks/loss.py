@@ -4,7 +4,8 @@
 float32: 4 bytes an element read (eps_hat), 47 operations for the normal, 3 for the sum of squares.
 
 `noise+loss step`: add_noise, then noise_mse of a leaf eps_hat, and its backward. Floor: 20 bytes an element (x0 read
-and x_t written; eps_hat read twice, its gradient written), the normals made three times. In plain torch the noise is
+and x_t written; eps_hat read, its gradient written and scaled), the normals made twice (a GPU makes them a third time
+instead of keeping what the gradient needs). In plain torch the noise is
 stored between noising and loss, since the network stands there; so under torch.compile the two are compiled apart.
 """
 

@@ -356,35 +356,48 @@ bool step_chunk(const Grid& g, Dtype dtype, const StepArgs& args, int64_t chunk)
     return for_runs<A>(g, r, 8, [&](int64_t k, int64_t length, int64_t offset, int64_t stride, const A* row) {
       const A a = row[0], b = row[1], s = row[2], w = logit_scale * row[3];
       const A px = row[4], pe = row[5], c0 = row[6], cx = row[7];
-      A* __restrict zr = z + (k - r.begin);
+      const A* __restrict zr = z + (k - r.begin);
       A* __restrict e = guided + (k - r.begin);
-      if (s == A(0)) std::memset(zr, 0, static_cast<size_t>(length) * sizeof(A));
       if (uncond) {
         over(length, offset, stride, [=](int64_t m, int64_t i) {
           const A u = E::load(uncond[m]);
           e[i] = madd(guidance, E::load(eps[m]) - u, u);
         });
-      } else {
+      } else if (grad) {
         over(length, offset, stride, [=](int64_t m, int64_t i) { e[i] = E::load(eps[m]); });
       }
       if (grad) over(length, offset, stride, [=](int64_t m, int64_t i) { e[i] = madd(w, E::load(grad[m]), e[i]); });
-      if (clip) {
-        over(length, offset, stride, [=](int64_t m, int64_t i) {
-          const A v = E::load(x[m]), x0 = madd(px, v, pe * e[i]);
-          const A c = x0 < A(-1) ? A(-1) : (x0 > A(1) ? A(1) : x0);
-          out[m] = E::store(madd(s, zr[i], madd(c0, c, cx * v)));
-        });
+      const auto combine = [=](auto prediction, auto noise) {
+        if (clip) {
+          over(length, offset, stride, [=](int64_t m, int64_t i) {
+            const A v = E::load(x[m]), x0 = madd(px, v, pe * prediction(m, i));
+            const A c = x0 < A(-1) ? A(-1) : (x0 > A(1) ? A(1) : x0);
+            out[m] = E::store(noise(i, madd(c0, c, cx * v)));
+          });
+        } else {
+          over(length, offset, stride, [=](int64_t m, int64_t i) {
+            out[m] = E::store(noise(i, madd(a, E::load(x[m]), b * prediction(m, i))));
+          });
+        }
+      };
+      const auto with_noise = [=](auto prediction) {
+        if (s == A(0)) {
+          combine(prediction, [](int64_t, A v) { return v; });
+        } else {
+          combine(prediction, [=](int64_t i, A v) { return madd(s, zr[i], v); });
+        }
+      };
+      if (uncond || grad) {
+        with_noise([=](int64_t, int64_t i) { return e[i]; });
       } else {
-        over(length, offset, stride, [=](int64_t m, int64_t i) {
-          out[m] = E::store(madd(s, zr[i], madd(a, E::load(x[m]), b * e[i])));
-        });
+        with_noise([=](int64_t m, int64_t) { return E::load(eps[m]); });
       }
     });
   });
 }
 
-// ---- a residual against regenerated noise: r = x + b y + s z;  rows (w, b, s). Writes scale w r to `out` where it is
-// given, else adds up w r^2 ----
+// ---- a residual against regenerated noise: r = x + b y + s z;  rows (w, b, s). Writes scale w r to `out` and adds up
+// w r^2 to `sum`, each where it is given ----
 
 template <class V>
 bool residual_chunk(const Grid& g, Dtype dtype, const void* x_, const void* y_, double scale, void* out_, double* sum,
@@ -412,8 +425,8 @@ bool residual_chunk(const Grid& g, Dtype dtype, const void* x_, const void* y_, 
       if (out) {
         const A factor = static_cast<A>(scale) * w;
         over(length, offset, stride, [=](int64_t m, int64_t i) { out[m] = E::store(factor * d[i]); });
-        return;
       }
+      if (!sum) return;
       double part[8] = {0};  // eight running sums, so that the compiler may use a vector of them
       int64_t i = 0;
       for (; i + 8 <= length; i += 8)

@@ -1,4 +1,5 @@
 // The noise-prediction loss against noise that is made again, never read.
+#include <tuple>
 #include <vector>
 
 #include "op.h"
@@ -22,15 +23,18 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
   return out;
 }
 
+// The mean, and w r where `keep` asks for it (else an empty tensor).
 // Partial sums stand in the order of the chunks, whatever the number of threads: the result is always the same.
-Tensor residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
-                    int64_t first) {
+std::tuple<Tensor, Tensor> residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, bool keep,
+                                         int64_t key, MaybeTensor key_t, int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 3, t, row);
   const Dtype dtype = dtype_of(x);
   const void *a = x.data_ptr(), *b = data_like(x, y, "x0");
+  Tensor kept = keep ? uninitialized_like(x) : uninitialized_vector(x, 0);
+  void* o = keep ? kept.data_ptr() : nullptr;
   std::vector<double> partial(static_cast<size_t>(chunks(g)));
-  for_chunks(g, [&](int64_t c) { return kernels().residual(g, dtype, a, b, 1.0, nullptr, &partial[static_cast<size_t>(c)], c); });
+  for_chunks(g, [&](int64_t c) { return kernels().residual(g, dtype, a, b, 1.0, o, &partial[static_cast<size_t>(c)], c); });
   double total = 0;
   for (double p : partial) total += p;
   total /= static_cast<double>(g.n);
@@ -40,7 +44,7 @@ Tensor residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_
   } else {
     *static_cast<float*>(out.data_ptr()) = static_cast<float>(total);
   }
-  return out;
+  return {out, kept};
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // The noise-prediction loss against noise that is made again, never read.
+#include <tuple>
+
 #include "core.cuh"
 
 namespace dgf {
@@ -68,7 +70,7 @@ __device__ double block_sum(double v) {
 
 template <class E, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
-    sum_units(const __grid_constant__ Work w, const __grid_constant__ Residual<E> residual, double* partial) {
+    sum_units(const __grid_constant__ Work w, const __grid_constant__ Residual<E> residual, void* kept, double* partial) {
   using A = typename E::A;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kRepeats) + threadIdx.x;
   double total = 0;
@@ -77,8 +79,12 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = begin + k * kThreads;
     Unit<E, kPacked> u;
     if (i >= w.units || !u.locate(w, i)) continue;
-    A sum = 0;
-    residual.each(w, u, [&](int, A weight, A r) { sum = madd(weight * r, r, sum); });
+    A sum = 0, weighted[Unit<E, kPacked>::size];
+    residual.each(w, u, [&](int j, A weight, A r) {
+      weighted[j] = weight * r;
+      sum = madd(weighted[j], r, sum);
+    });
+    if (kept) u.store(kept, weighted);
     total += static_cast<double>(sum);
   }
   total = block_sum<kThreads>(total);
@@ -111,29 +117,31 @@ Tensor residual(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row
   return out;
 }
 
-Tensor residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, int64_t key, MaybeTensor key_t,
-                    int64_t first) {
+// The mean, and w r where `keep` asks for it (else an empty tensor).
+std::tuple<Tensor, Tensor> residual_mean(Tensor x, MaybeTensor y, Tensor rows, MaybeTensor t, int64_t row, bool keep,
+                                         int64_t key, MaybeTensor key_t, int64_t first) {
   Grid g = make_grid(x, key, key_t, first);
   set_rows(g, x, rows, 3, t, row);
   const void *a = x.data_ptr(), *b = data_like(x, y, "x0");
+  Tensor kept = keep ? uninitialized_like(x) : uninitialized_vector(x, 0);
   Tensor out = uninitialized(rows, 0, nullptr, nullptr);
-  void* o = out.data_ptr();
+  void *k = keep ? kept.data_ptr() : nullptr, *o = out.data_ptr();
   const OnDevice on(x);
   with_dtype(dtype_of(x), [&](auto element) {
     using E = decltype(element);
-    with_access<E>(g, {a, b}, [&](auto packed, const Work& w) {
+    with_access<E>(g, {a, b, k}, [&](auto packed, const Work& w) {
       const unsigned blocks = block_count(w.units, kThreads * kRepeats);
       Tensor partial = torch::stable::new_empty(x, {blocks}, ScalarType::Double);
       auto* sums = static_cast<double*>(partial.data_ptr());
       if (blocks) {
-        sum_units<E, decltype(packed)::value><<<blocks, kThreads, 0, on.stream()>>>(w, {a, b}, sums);
+        sum_units<E, decltype(packed)::value><<<blocks, kThreads, 0, on.stream()>>>(w, {a, b}, k, sums);
         DGF_CUDA_CHECK(cudaGetLastError());
       }
       mean_of_partials<typename E::A><<<1, kFinal, 0, on.stream()>>>(sums, blocks, g.n, o);
       DGF_CUDA_CHECK(cudaGetLastError());
     });
   });
-  return out;
+  return {out, kept};
 }
 
 }  // namespace

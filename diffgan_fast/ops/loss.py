@@ -28,9 +28,10 @@ def _residual_reference(x, y, rows, t, row, scale, key, key_t, first):
     return (scale * w * r).to(x.dtype)
 
 
-def _mean_reference(x, y, rows, t, row, key, key_t, first):
+def _mean_reference(x, y, rows, t, row, keep, key, key_t, first):
     w, r = _parts(x, y, rows, t, row, key, key_t, first)
-    return (w.double() * r.double().square()).mean().to(rows.dtype)
+    mean = (w.double() * r.double().square()).mean().to(rows.dtype)
+    return mean, (w * r).to(x.dtype) if keep else x.new_empty(0)
 
 
 _ARGUMENTS = "Tensor x, Tensor? y, Tensor rows, Tensor? t, SymInt row, "
@@ -45,9 +46,9 @@ _RESIDUAL = Op(
 _RESIDUAL_MEAN = Op(
     "loss",
     "residual_mean",
-    f"({_ARGUMENTS}{_NOISE}) -> Tensor",
+    f"({_ARGUMENTS}bool keep, {_NOISE}) -> (Tensor, Tensor)",
     _mean_reference,
-    lambda x, y, rows, *_: rows.new_empty(()),
+    lambda x, y, rows, t, row, keep, *_: (rows.new_empty(()), torch.empty_like(x) if keep else x.new_empty(0)),
 )
 
 
@@ -69,25 +70,38 @@ class _Residual(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """The mean of w r^2, with `constants` as above."""
+    """(the mean of w r^2, w r or an empty tensor), with `constants` as above.
+
+    On the CPU the backward reads the w r that the forward kept: there noise costs more than memory (in half precision
+    it does not, since a plain product with 2 / numel would underflow). Elsewhere it makes the noise again.
+    """
 
     @staticmethod
     def forward(x, y, high, constants):
-        return support.call(_RESIDUAL_MEAN.on(x.device.type), constants[1], 0, high, x, y, *constants)
+        keep = x.device.type == "cpu" and x.dtype.itemsize >= 4
+        return _mean(x, y, high, constants, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, y, _, (_, _, _, ctx.key, key_t, ctx.first) = inputs
-        support.save_rows(ctx, inputs[3], x, y, key_t)
+        ctx.mark_non_differentiable(output[1])
+        support.save_rows(ctx, inputs[3], x, y, key_t, output[1])
 
     @staticmethod
-    def backward(ctx, grad):
-        rows, t, x, y, key_t = ctx.saved_tensors
+    def backward(ctx, grad, _):
+        rows, t, x, y, key_t, kept = ctx.saved_tensors
         noise = (ctx.key, key_t, ctx.first)
         scale = grad * (2 / max(x.numel(), 1))
         if torch.is_grad_enabled():  # create_graph: the product with the incoming gradient stays in the graph
             return (_residual(x, y, (rows, t, ctx.row, *noise)) * scale).to(x.dtype), None, None, None
+        if kept.numel() == x.numel():
+            return (kept * scale).to(x.dtype), None, None, None
         return _RESIDUAL.on(x.device.type)(x, y, rows, t, ctx.row, scale, *noise), None, None, None
+
+
+def _mean(x, y, high, constants, keep):
+    rows, t, row, *noise = constants
+    return support.call(_RESIDUAL_MEAN.on(x.device.type), t, 0, high, x, y, rows, t, row, keep, *noise)
 
 
 _residual = support.differentiable(_Residual)
@@ -126,7 +140,9 @@ def _loss(x, y, rows, steps, row, high, key, weight, first_sample):
     first = support.first_element(first_sample, x)
     key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
     constants = (rows, steps, row, key, key_t, first)
-    return (_mean_square if support.needs_autograd(x) else _Loss.forward)(x, y, high, constants)
+    if support.needs_autograd(x):
+        return _mean_square(x, y, high, constants)[0]
+    return _mean(x, y, high, constants, False)[0]
 
 
 def noise_mse(

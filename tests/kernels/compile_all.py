@@ -7,6 +7,7 @@ process without TRITON_INTERPRET, which is read when a kernel is decorated. Prin
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -57,7 +58,9 @@ def calls():
         yield f"add_noise {name}", lambda x=x: noise.add_noise(x, rows[2], t, 0, 1.0, 7, None, 0, False)
         yield f"add_noise last {name}", lambda x=last: noise.add_noise(x, rows[2], t, 0, 1.0, 0, key, 0, False)
         yield f"step {name}", lambda x=x: step.step(x, x, None, None, rows[8], None, 3, 1.0, 1.0, False, 7, None, 0)
-        yield f"residual_mean {name}", lambda x=x: loss.residual_mean(x, x, rows[3], t, 0, 0, key, 0)
+        for keep in (False, True):
+            call = functools.partial(loss.residual_mean, x, x, rows[3], t, 0, keep, 0, key, 0)
+            yield f"residual_mean {name} {keep}", call
         if dtype == torch.bfloat16:
             continue
         yield "add_noise shift", lambda x=x: noise.add_noise(x, rows[2], t, 0, 1.0, 7, None, 3, False)

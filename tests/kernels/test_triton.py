@@ -109,10 +109,11 @@ def test_residual_mean_is_in_a_fixed_order_and_the_mean_of_the_residual():
     one = torch.ones((), device=DEVICE)
     weights = rows[:, :1].double()
     r = loss.residual(x, y, rows, None, -1, one, KEY, None, 1).double() / weights
-    total = loss.residual_mean(x, y, rows, None, -1, KEY, None, 1)
+    total, kept = loss.residual_mean(x, y, rows, None, -1, True, KEY, None, 1)
     assert total.dtype == torch.float32 and total.dim() == 0
     torch.testing.assert_close(total.double(), (weights * r.square()).mean(), rtol=1e-6, atol=0)
-    assert total == loss.residual_mean(x, y, rows, None, -1, KEY, None, 1)
+    torch.testing.assert_close(kept.double(), weights * r, rtol=1e-6, atol=0)
+    assert total == loss.residual_mean(x, y, rows, None, -1, False, KEY, None, 1)[0]
 
 
 def test_nan_passes_the_clamp():
@@ -126,7 +127,7 @@ def test_nan_passes_the_clamp():
 def test_empty_tensors():
     x, rows = torch.empty(0, 3, device=DEVICE), table((1.0, 0.0, 0.0))
     assert noise.add_noise(x, rows[:, :2], None, 0, 1.0, KEY, None, 0, True)[1].shape == (0, 3)
-    assert loss.residual_mean(x, None, rows, None, 0, KEY, None, 0).isnan()  # as torch's mean of nothing
+    assert loss.residual_mean(x, None, rows, None, 0, False, KEY, None, 0)[0].isnan()  # as torch's mean of nothing
 
 
 def test_float64_is_refused_by_name():
@@ -137,7 +138,7 @@ def test_float64_is_refused_by_name():
         lambda: noise.noise_pair(x, rows, None, 0, KEY, None, 0),
         lambda: step.step(x, x, None, None, rows, None, 0, 1.0, 1.0, False, KEY, None, 0),
         lambda: loss.residual(x, None, rows, None, 0, one, KEY, None, 0),
-        lambda: loss.residual_mean(x, None, rows, None, 0, KEY, None, 0),
+        lambda: loss.residual_mean(x, None, rows, None, 0, False, KEY, None, 0),
         lambda: draw(4, NORMAL, dtype=torch.float64),
     ):
         with pytest.raises(ValueError, match="torch.float64"):

@@ -91,6 +91,17 @@ def test_points_and_keys_a_sample(backend):
     assert abs(float(got) - ((out.double().cpu().numpy() - z) ** 2).mean()) < 1e-5
 
 
+def test_the_kept_residual_is_the_one_made_again(backend):
+    op = {True: module._RESIDUAL_MEAN, False: module._RESIDUAL}
+    t = torch.tensor([0, 1, 40, T], device=backend.device)
+    for dtype in backend.dtypes:
+        for x in layouts(images((4, 3, 5, 7), dtype, backend.device)):
+            rows = S.rows("loss v", x, module._v_rows)
+            _, kept = op[True].on(x.device.type)(x, x, rows, t, 0, True, 3, None, 21)
+            again = op[False].on(x.device.type)(x, x, rows, t, 0, rows.new_ones(()), 3, None, 21)
+            assert kept.stride() == x.stride() and torch.equal(kept, again)
+
+
 def test_opcheck(backend):
     if backend.name == "reference":
         pytest.skip("the reference is plain torch, not a registered op")
@@ -99,7 +110,9 @@ def test_opcheck(backend):
     x, y = (images((3, 2, 4, 4), torch.float32, backend.device) for _ in range(2))
     rows, t = S.rows("loss v", x, module._v_rows), torch.tensor([0, 5, T], device=backend.device)
     for other in (y, None):
-        torch.library.opcheck(getattr(raw, f"residual_mean{suffix}").default, (x, other, rows, t, 0, 3, None, 0))
+        for keep in (True, False):
+            mean = getattr(raw, f"residual_mean{suffix}").default
+            torch.library.opcheck(mean, (x, other, rows, t, 0, keep, 3, None, 0))
         scale = torch.tensor(0.5, device=backend.device)
         torch.library.opcheck(getattr(raw, f"residual{suffix}").default, (x, other, rows, t, 0, scale, 3, None, 0))
 
