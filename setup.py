@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
 DEFINES = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unused-parameter"]
+OPS = ("random", "noise", "step", "loss", "penalty")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 
@@ -108,7 +109,7 @@ def cpu_library(build: Ninja, out: Path) -> dict:
         sets.append("avx2")
         flags.append("-DDGF_AVX2")
     folder = ROOT / "csrc/cpu"
-    objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in ("random", "noise", "step", "loss")]
+    objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in OPS]
     objects += [build.compile("cxx", folder / f"{s}.cpp", CXXFLAGS + (AVX2 if s == "avx2" else [])) for s in sets]
     build.link("link", out, objects, [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
     build.run(out)
@@ -124,7 +125,7 @@ def cuda_library(build: Ninja, out: Path) -> dict:
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
     flags += [*DEFINES, f"-I{torch}/include", *gencode]
     build.rule("nvcc", f"{nvcc} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
-    sources = [ROOT / f"csrc/cuda/{op}.cu" for op in ("random", "noise", "step", "loss")]
+    sources = [ROOT / f"csrc/cuda/{op}.cu" for op in OPS]
     objects = [build.compile("nvcc", source, flags) for source in sources]
     build.rule("nvlink", f"{nvcc} -shared -cudart=static -o $out $in $flags")
     # The current-stream function is looked up at run time: a CPU build of torch does not have it.
@@ -193,7 +194,7 @@ setup(
     package_dir={"diffgan_fast.kernels": "kernels"},
     package_data={
         "diffgan_fast": ["py.typed"],
-        "diffgan_fast.data": ["*.npz", "*.md"],
+        "diffgan_fast.data": ["*.npz", "*.csv", "*.md"],
         "diffgan_fast.metrics": ["*.safetensors", "*.json"],
     },
     # The sources are listed by the functions above; this entry makes the wheel a platform wheel.

@@ -15,16 +15,17 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// An uninitialised tensor of x's type and device. torch::stable::empty_like does the same through the dispatcher by name,
-// which takes longer than a small op.
-inline Tensor uninitialized(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+// An uninitialised tensor on x's device, of x's type or of the type whose code is given. torch::stable::empty_like does
+// the same through the dispatcher by name, which takes longer than a small op.
+inline Tensor uninitialized(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                            const int32_t* type = nullptr) {
   int32_t dtype, device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &out));
+      aoti_torch_empty_strided(dim, sizes, strides, type ? *type : dtype, device_type, device_index, &out));
   return Tensor(out);
 }
 
@@ -50,6 +51,13 @@ inline Dtype dtype_of(const Tensor& x) {
 // The type of coefficients: that of the arithmetic.
 inline ScalarType wide_type(const Tensor& x) {
   return dtype_of(x) == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// One number (dim = 0), or a vector of n (dim = 1), of the type of the arithmetic on x.
+inline Tensor uninitialized_wide(const Tensor& x, int64_t dim, int64_t n = 1) {
+  const int32_t type = dtype_of(x) == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int64_t stride = 1;
+  return uninitialized(x, dim, &n, &stride, &type);
 }
 
 inline bool same_device(const Tensor& x, const Tensor& y) { return x.device() == y.device(); }

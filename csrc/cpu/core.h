@@ -15,13 +15,17 @@ struct StepArgs {
   bool clip;
 };
 
-// Every kernel works on one chunk and returns false if a coefficient row is out of range or undefined.
+// Kernels work on one chunk (`square_sums`: on pieces of samples). Those that read coefficient rows return false if one
+// is out of range or undefined.
 struct Kernels {
   void (*random)(const Grid&, Draw, Dtype, uint32_t stream, uint64_t high, void* out, int64_t chunk);
   bool (*add_noise)(const Grid&, Dtype, const void* x, double sigma, void* out, void* noise, int64_t chunk);
   bool (*noise_pair)(const Grid&, Dtype, const void* x, void* previous, void* current, int64_t chunk);
   bool (*step)(const Grid&, Dtype, const StepArgs&, int64_t chunk);
   bool (*residual)(const Grid&, Dtype, const void* x, const void* y, double scale, void* out, double* sum, int64_t chunk);
+  void (*interpolate)(const Grid&, Dtype, const void* real, const void* fake, void* out, int64_t chunk);
+  void (*square_sums)(const Grid&, Dtype, const void* x, int64_t pieces, double* sums, int64_t begin, int64_t end);
+  void (*scale_samples)(const Grid&, Dtype, const void* x, const double* factors, void* out, int64_t chunk);
 };
 
 Kernels baseline_kernels();

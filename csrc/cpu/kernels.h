@@ -199,6 +199,12 @@ template <class V> void normals(const Grid& g, Range r, uint32_t stream, float* 
 template <class V> void normals(const Grid& g, Range r, uint32_t stream, double* z) {
   fill_range(g, r, stream, z, NormalsDouble{});
 }
+template <class V> void uniforms(const Grid& g, Range r, uint32_t stream, float* z) {
+  fill_range(g, r, stream, z, Uniforms<V>{});
+}
+template <class V> void uniforms(const Grid& g, Range r, uint32_t stream, double* z) {
+  fill_range(g, r, stream, z, UniformsDouble{});
+}
 
 template <class V> void random_chunk(const Grid& g, Draw draw, Dtype dtype, uint32_t stream, uint64_t high, void* out,
                                      int64_t chunk) {
@@ -214,10 +220,8 @@ template <class V> void random_chunk(const Grid& g, Draw draw, Dtype dtype, uint
     const auto make = [&](A* z) {
       if (draw == Draw::normal) {
         normals<V>(g, r, stream, z);
-      } else if constexpr (sizeof(A) == 8) {
-        fill_range(g, r, stream, z, UniformsDouble{});
       } else {
-        fill_range(g, r, stream, z, Uniforms<V>{});
+        uniforms<V>(g, r, stream, z);
       }
     };
     if constexpr (sizeof(A) == sizeof(typename E::T)) {
@@ -396,6 +400,22 @@ bool step_chunk(const Grid& g, Dtype dtype, const StepArgs& args, int64_t chunk)
   });
 }
 
+// The sum of the squares of at(0) ... at(length - 1), in double precision and always in the same order.
+template <class At> double sum_of_squares(int64_t length, At&& at) {
+  double part[8] = {0};  // eight running sums, so that the compiler may use a vector of them
+  const auto square = [&](int64_t i) {
+    const double v = static_cast<double>(at(i));
+    return v * v;
+  };
+  int64_t i = 0;
+  for (; i + 8 <= length; i += 8)
+    for (int j = 0; j < 8; ++j) part[j] += square(i + j);
+  for (; i < length; ++i) part[0] += square(i);
+  double sum = 0;
+  for (double p : part) sum += p;
+  return sum;
+}
+
 // ---- a residual against regenerated noise: r = x + b y + s z;  rows (w, b, s). Writes scale w r to `out` and adds up
 // w r^2 to `sum`, each where it is given ----
 
@@ -426,23 +446,91 @@ bool residual_chunk(const Grid& g, Dtype dtype, const void* x_, const void* y_, 
         const A factor = static_cast<A>(scale) * w;
         over(length, offset, stride, [=](int64_t m, int64_t i) { out[m] = E::store(factor * d[i]); });
       }
-      if (!sum) return;
-      double part[8] = {0};  // eight running sums, so that the compiler may use a vector of them
-      int64_t i = 0;
-      for (; i + 8 <= length; i += 8)
-        for (int j = 0; j < 8; ++j) part[j] += static_cast<double>(d[i + j]) * static_cast<double>(d[i + j]);
-      for (; i < length; ++i) part[0] += static_cast<double>(d[i]) * static_cast<double>(d[i]);
-      double run = 0;
-      for (double p : part) run += p;
-      total += static_cast<double>(w) * run;
+      if (sum) total += static_cast<double>(w) * sum_of_squares(length, [=](int64_t i) { return d[i]; });
     });
     if (sum) *sum = total;
     return ok;
   });
 }
 
+// ---- samples as a whole. In both layouts the elements of a sample lie together in memory, so that elements are
+// numbered here by their place in memory ----
+
+// body(sample, begin, end) for the samples, or parts of samples, of a range.
+template <class Body> void for_samples(const Grid& g, Range r, Body&& body) {
+  int64_t s = r.begin / g.sample;
+  for (int64_t e = r.begin; e < r.end; ++s) {
+    const int64_t end = (s + 1) * g.sample < r.end ? (s + 1) * g.sample : r.end;
+    body(s, e, end);
+    e = end;
+  }
+}
+
+// out = u real + (1 - u) fake, with u the uniform number `first` + sample
+template <class V>
+void interpolate_chunk(const Grid& g, Dtype dtype, const void* real_, const void* fake_, void* out_, int64_t chunk) {
+  with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    const Range r = chunk_range(g, chunk);
+    auto* __restrict real = static_cast<const typename E::T*>(real_);
+    auto* __restrict fake = static_cast<const typename E::T*>(fake_);
+    auto* __restrict out = static_cast<typename E::T*>(out_);
+    alignas(64) A u[kChunk];
+    const int64_t first = r.begin / g.sample, last = (r.end - 1) / g.sample;
+    const bool many = !g.per_sample && last - first >= 8;  // worth a vector
+    if (many) uniforms<V>(g, {first, last + 1}, 0, u);
+    for (int64_t s = first; !many && s <= last; ++s) {
+      const uint64_t number = g.per_sample ? 0 : g.first + static_cast<uint64_t>(s);
+      uint32_t w[4];
+      philox_block(number / 4, 0, g.keys ? static_cast<uint64_t>(g.keys[g.per_sample ? s : 0]) : g.key, w);
+      u[s - first] = static_cast<A>(w[number % 4] >> 8) * static_cast<A>(0x1p-24);
+    }
+    for_samples(g, r, [&](int64_t s, int64_t begin, int64_t end) {
+      const A a = u[s - first], b = A(1) - a;
+      for (int64_t i = begin; i < end; ++i) out[i] = E::store(madd(a, E::load(real[i]), b * E::load(fake[i])));
+    });
+  });
+}
+
+// Sums of squares of the pieces begin .. end: every sample is cut into `pieces` of kChunk elements, the last shorter.
+inline void square_sums(const Grid& g, Dtype dtype, const void* x_, int64_t pieces, double* sums, int64_t begin,
+                        int64_t end) {
+  with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    auto* __restrict x = static_cast<const typename E::T*>(x_);
+    int64_t s = begin / pieces, within = begin % pieces * kChunk;
+    for (int64_t i = begin; i < end; ++i) {
+      const auto* from = x + s * g.sample + within;
+      const int64_t left = g.sample - within;
+      sums[i] = sum_of_squares(left < kChunk ? left : kChunk, [=](int64_t k) { return E::load(from[k]); });
+      within += kChunk;
+      if (within >= g.sample) {
+        within = 0;
+        ++s;
+      }
+    }
+  });
+}
+
+// out = factor of the sample x
+inline void scale_samples_chunk(const Grid& g, Dtype dtype, const void* x_, const double* factors, void* out_,
+                                int64_t chunk) {
+  with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    using A = typename E::A;
+    auto* __restrict x = static_cast<const typename E::T*>(x_);
+    auto* __restrict out = static_cast<typename E::T*>(out_);
+    for_samples(g, chunk_range(g, chunk), [&](int64_t s, int64_t begin, int64_t end) {
+      const A factor = static_cast<A>(factors[s]);
+      for (int64_t i = begin; i < end; ++i) out[i] = E::store(factor * E::load(x[i]));
+    });
+  });
+}
+
 template <class V> Kernels kernels_of() {
-  return {random_chunk<V>, add_noise_chunk<V>, noise_pair_chunk<V>, step_chunk<V>, residual_chunk<V>};
+  return {random_chunk<V>,   add_noise_chunk<V>,   noise_pair_chunk<V>, step_chunk<V>,
+          residual_chunk<V>, interpolate_chunk<V>, square_sums,         scale_samples_chunk};
 }
 
 }  // namespace

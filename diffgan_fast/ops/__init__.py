@@ -2,6 +2,17 @@
 
 from diffgan_fast.ops.loss import denoising_loss, noise_mse
 from diffgan_fast.ops.noise import add_noise, noise_pair
+from diffgan_fast.ops.penalty import interpolate, norm_penalty
 from diffgan_fast.ops.step import ddim_step, ddpm_step, posterior_step
 
-__all__ = ["add_noise", "ddim_step", "ddpm_step", "denoising_loss", "noise_mse", "noise_pair", "posterior_step"]
+__all__ = [
+    "add_noise",
+    "ddim_step",
+    "ddpm_step",
+    "denoising_loss",
+    "interpolate",
+    "noise_mse",
+    "noise_pair",
+    "norm_penalty",
+    "posterior_step",
+]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "diffgan_fast/_C_cuda.so"
 ARCHS = ("sm_80", "sm_90", "sm_100")
-STEMS = ("loss", "noise", "random", "step")
+STEMS = ("loss", "noise", "penalty", "random", "step")
 
 
 class Recorder:

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from diffgan_fast.kernels import core, loss, noise, random, step
+from diffgan_fast.kernels import core, loss, noise, penalty, random, step
 
 
 class Driver:
@@ -49,7 +49,7 @@ def calls():
     n, channels, side = 16, 32, 16
     t, key, keys = (torch.zeros(k, dtype=torch.int64) for k in (n, 1, n))
     rows = {k: torch.zeros(101, k) for k in (2, 3, 4, 8)}
-    each = torch.zeros(n, 8)
+    each, norms, scale = torch.zeros(n, 8), torch.zeros(n), torch.zeros(())
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(n, channels, side, side, dtype=dtype)
         last = x.contiguous(memory_format=torch.channels_last)
@@ -61,8 +61,13 @@ def calls():
         for keep in (False, True):
             call = functools.partial(loss.residual_mean, x, x, rows[3], t, 0, keep, 0, key, 0)
             yield f"residual_mean {name} {keep}", call
+        yield f"interpolate {name}", lambda x=x: penalty.interpolate(x, x, 7, None, 0)
+        yield f"gradient_norm {name}", lambda x=x: penalty.gradient_norm(x, 1.0)
+        yield f"gradient_norm_grad {name}", lambda x=x: penalty.gradient_norm_grad(x, norms, scale, 1.0)
         if dtype == torch.bfloat16:
             continue
+        yield "interpolate ragged", lambda x=ragged: penalty.interpolate(x, x, 0, keys[:5], 0)
+        yield "gradient_norm ragged", lambda x=ragged: penalty.gradient_norm(x, 0.0)
         yield "add_noise shift", lambda x=x: noise.add_noise(x, rows[2], t, 0, 1.0, 7, None, 3, False)
         yield "add_noise ragged", lambda x=ragged: noise.add_noise(x, rows[2], None, 3, 1.0, 0, keys[:5], 0, True)
         yield "noise_pair", lambda x=x: noise.noise_pair(x, rows[4], t, 0, 0, keys, 0)

@@ -8,7 +8,7 @@ import torch
 from diffgan_fast import _philox
 
 pytest.importorskip("triton", reason="triton is not installed")
-from diffgan_fast.kernels import loss, noise, random, step  # noqa: E402
+from diffgan_fast.kernels import loss, noise, penalty, random, step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BITS, UNIFORM, NORMAL, INTEGERS = range(4)
@@ -128,6 +128,8 @@ def test_empty_tensors():
     x, rows = torch.empty(0, 3, device=DEVICE), table((1.0, 0.0, 0.0))
     assert noise.add_noise(x, rows[:, :2], None, 0, 1.0, KEY, None, 0, True)[1].shape == (0, 3)
     assert loss.residual_mean(x, None, rows, None, 0, False, KEY, None, 0)[0].isnan()  # as torch's mean of nothing
+    mean, norms = penalty.gradient_norm(x, 1.0)
+    assert mean.isnan() and norms.shape == (0,) and penalty.interpolate(x, x, KEY, None, 0).shape == (0, 3)
 
 
 def test_float64_is_refused_by_name():
@@ -139,6 +141,9 @@ def test_float64_is_refused_by_name():
         lambda: step.step(x, x, None, None, rows, None, 0, 1.0, 1.0, False, KEY, None, 0),
         lambda: loss.residual(x, None, rows, None, 0, one, KEY, None, 0),
         lambda: loss.residual_mean(x, None, rows, None, 0, False, KEY, None, 0),
+        lambda: penalty.interpolate(x, x, KEY, None, 0),
+        lambda: penalty.gradient_norm(x, 1.0),
+        lambda: penalty.gradient_norm_grad(x, one, one, 1.0),
         lambda: draw(4, NORMAL, dtype=torch.float64),
     ):
         with pytest.raises(ValueError, match="torch.float64"):
@@ -150,5 +155,9 @@ def test_layouts_that_differ_or_have_gaps_are_refused():
     last = x.contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="e must match x"):
         step.step(x, last, None, None, rows, None, 0, 1.0, 1.0, False, KEY, None, 0)
+    with pytest.raises(ValueError, match="fake must match x"):
+        penalty.interpolate(x, last, KEY, None, 0)
+    with pytest.raises(ValueError, match="strides"):
+        penalty.gradient_norm(x[:, :, ::2], 1.0)
     with pytest.raises(ValueError, match="strides"):
         noise.add_noise(x[:, :, ::2], rows[:, :2].contiguous(), None, 0, 1.0, KEY, None, 0, False)

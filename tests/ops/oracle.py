@@ -40,6 +40,11 @@ def normal(n, key, first=0, stream=0):
     return out
 
 
+def uniform(n, key, first=0, stream=0):
+    """n uniform numbers of a stream, float64 [n]."""
+    return np.array([(word(first + i, key, stream) >> 8) * 2.0**-24 for i in range(n)])
+
+
 def linear_schedule(T, beta_1=1e-4, beta_T=0.02):
     """(beta, alpha, abar), each float64 [T + 1] with t = 0 clean, by explicit products."""
     beta = np.zeros(T + 1)
