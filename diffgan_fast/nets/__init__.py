@@ -1,14 +1,19 @@
 """Networks: denoisers `model(x, t, y=None) -> ε̂`, critics `critic(x, …) -> logits`, generators."""
 
 from .adapters import from_diffusers
+from .critic import Critic
 from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
 from .embedding import sinusoidal
+from .mlp import MLPCritic, MLPDenoiser
 from .student import StudentUNet
 from .unet import UNet
 
 __all__ = [
+    "Critic",
     "DCGANCritic",
     "DCGANGenerator",
+    "MLPCritic",
+    "MLPDenoiser",
     "StudentUNet",
     "UNet",
     "from_diffusers",

@@ -1,12 +1,9 @@
 """DCGAN's critic and generator (Radford et al. 2016) for small images."""
 
-import torch
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images
-from .embedding import time_fraction
-
-CRITIC_INPUTS = (("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t"))
+from .critic import Critic
 
 
 def init_dcgan(network: nn.Module) -> None:
@@ -22,7 +19,7 @@ def init_dcgan(network: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class DCGANCritic(nn.Module):
+class DCGANCritic(Critic):
     """DCGAN's discriminator without the sigmoid: exactly one logit per image.
 
     4x4 convs of stride 2 halve the image (width, 2·width, … at most 8·width channels, LeakyReLU 0.2, the
@@ -31,19 +28,13 @@ class DCGANCritic(nn.Module):
     of the csinva repository's `netD` weights (MNIST at 28 px, CIFAR at 32 px), so that these load as they
     are.
 
-    `inputs` names what is concatenated along the channels before the first conv, in this order: "x", the
-    images to be judged; "x_t", further images of the same shape; "t", one constant plane (t - 1) / T. Of
-    its arguments a call uses only what `inputs` names, so that a method can call every critic in the same
-    way.
-
     Args:
         channels: of `x`, and of `x_t`.
         size: height and width in pixels, at least 4.
         width: channels after the first conv.
         norm: "batch", "layer" (over channels and pixels, with a scale and shift per channel), or None. For a
             gradient penalty take "layer" or None: under batch norm a logit depends on the other samples.
-        inputs: ("x",), ("x", "t"), ("x", "x_t") or ("x", "x_t", "t").
-        T: the number of time steps, needed where `inputs` has "t".
+        inputs, T: as for `Critic`.
         init: "default" is PyTorch's, "dcgan" is `init_dcgan`.
 
     Raises:
@@ -64,18 +55,14 @@ class DCGANCritic(nn.Module):
         T: int | None = None,
         init: str = "default",
     ):
-        super().__init__()
+        super().__init__(inputs, T)
         check_at_least(1, channels=channels, width=width)
         check_at_least(4, size=size)
-        if tuple(inputs) not in CRITIC_INPUTS:
-            raise ValueError(f"inputs is {inputs!r}; it may be {', '.join(map(str, CRITIC_INPUTS))}")
-        if "t" in inputs and (T is None or T < 1):
-            raise ValueError(f"T is {T}; with the input 't' it must be the number of time steps, at least 1")
         if init not in ("default", "dcgan"):
             raise ValueError(f"init is {init!r}; it may be 'default' or 'dcgan'")
-        self.channels, self.size, self.inputs, self.T = channels, size, tuple(inputs), T
+        self.channels, self.size = channels, size
 
-        here = channels * (1 + ("x_t" in inputs)) + ("t" in inputs)
+        here = self.joined(channels)
         layers: list[nn.Module] = []
         out = width
         while size > 3:
@@ -106,21 +93,6 @@ class DCGANCritic(nn.Module):
         """
         check_images(x, self.channels, self.size)
         return self.main(self.join(x, t, x_t)).flatten()
-
-    def join(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
-        """What `main` sees: `x` and whatever else `inputs` names, concatenated along the channels."""
-        for name, given in (("t", t), ("x_t", x_t)):
-            if name in self.inputs and given is None:
-                raise ValueError(f"{name} is None; it must be given to a critic with inputs={self.inputs}")
-        parts = [x]
-        if "x_t" in self.inputs:
-            assert x_t is not None  # checked above
-            parts.append(x_t)
-        if "t" in self.inputs:
-            assert t is not None and self.T is not None  # checked above, and when the critic was made
-            level = time_fraction(t, self.T, x.dtype)
-            parts.append(level[:, None, None, None].expand(-1, 1, *x.shape[2:]))
-        return torch.cat(parts, dim=1)
 
 
 class DCGANGenerator(nn.Module):

@@ -8,13 +8,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from diffgan_fast import _philox
-from diffgan_fast.ops import support
+from diffgan_fast.ops import closed, support
 from diffgan_fast.ops.dispatch import Op
 from diffgan_fast.ops.random import Draw, fill_
+
+Mode = Literal["auto", "double", "closed", "forward"]
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -178,6 +187,11 @@ def interpolate(
     return (_interpolate if support.needs_autograd(real, fake) else _Interpolate.forward)(real, fake, constants)
 
 
+def _check_center(center: float) -> None:
+    if isinstance(center, bool) or not isinstance(center, int | float) or not 0 <= center < math.inf:
+        raise ValueError(f"center must be a finite number >= 0, got {center!r}")
+
+
 def norm_penalty(g: torch.Tensor, center: float = 1.0) -> torch.Tensor:
     """Mean over samples of (||g|| - center)^2, with ||g|| the Euclidean norm over all elements of a sample.
 
@@ -194,6 +208,129 @@ def norm_penalty(g: torch.Tensor, center: float = 1.0) -> torch.Tensor:
     Raises: ValueError for arguments of the wrong shape, type or range.
     """
     g = support.dense(g, "g")
-    if isinstance(center, bool) or not isinstance(center, int | float) or not 0 <= center < math.inf:
-        raise ValueError(f"center must be a finite number >= 0, got {center!r}")
+    _check_center(center)
     return (_norm_penalty if support.needs_autograd(g) else _NormPenalty.forward)(g, float(center))[0]
+
+
+def gradient_penalty(
+    critic: Callable[..., torch.Tensor],
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    key: int | torch.Tensor,
+    *,
+    center: float = 1.0,
+    mode: Mode = "auto",
+    first_sample: int = 0,
+    **cond,
+) -> torch.Tensor:
+    """E (|grad_x D(x)| - center)^2 at x = u real + (1 - u) fake, one u ~ U[0, 1) a sample.
+
+    Source: Gulrajani et al. 2017, Algorithm 1 (center 1); Thanh-Tung et al. 2019 (center 0).
+
+    Args:
+        critic: `critic(x, **cond) -> logits` [N] or [N, K]; of several logits the gradient of their sum counts.
+        real, fake: [N, …], two batches; constants for gradients.
+        key, first_sample: as for `interpolate`.
+        center: the norm that costs nothing, at least 0.
+        mode: how the gradient of the gradient is found. All modes that take a critic give the same numbers.
+            "double": autograd twice; any critic that has a double backward. Every order.
+            "closed": four passes and no graph (see ops/closed.py), for an `nn.Sequential` of Linear, Conv2d, ReLU,
+            LeakyReLU, Flatten and BatchNorm2d in eval mode, or a critic that has one as `main` with
+            `main(join(x, **cond))`, x in the first channels. First order.
+            "forward": one backward, one forward-mode pass, one backward; for layers without a double backward. First
+            order. It does not take layers whose forward-mode rule is wrong (layer norm, and batch or instance norm
+            that measures its input) nor spectral norm in training.
+            "auto": closed where it applies, else double.
+        cond: what else the critic takes; constants for gradients.
+
+    Returns: a scalar of at least float32.
+    Gradients: with respect to the critic's parameters.
+    Raises: ValueError for a critic that a mode does not take, with the layer's name, and for batch norm in training
+        mode, under which a sample has no gradient of its own.
+    """
+    real, fake = real.detach(), fake.detach()
+    return _penalty(critic, interpolate(real, fake, key, first_sample=first_sample), center, mode, cond)
+
+
+def r1_penalty(critic: Callable[..., torch.Tensor], real: torch.Tensor, *, mode: Mode = "auto", **cond) -> torch.Tensor:
+    """E |grad_x D(x)|^2 at real data; the caller multiplies by gamma / 2.
+
+    Source: Mescheder et al. 2018, Eq. 9. Arguments, gradients and errors as for `gradient_penalty`.
+    """
+    return _penalty(critic, real.detach(), 0.0, mode, cond)
+
+
+def _penalty(critic, x, center, mode, cond):
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
+    _check_center(center)
+    critic = getattr(critic, "_orig_mod", critic)  # a compiled module has no double backward: its original has
+    _refuse(critic, mode)
+    if mode in ("closed", "auto"):
+        net = getattr(critic, "main", critic)
+        reason = closed.reason_against(net)
+        if reason is None and net is not critic and not hasattr(critic, "join"):
+            reason = f"{type(critic).__name__} has a `main`, but no `join` that says what it sees"
+        if reason is None:
+            joined = x if net is critic else critic.join(x, **cond)
+            return closed.closed_penalty(net, joined, x.shape[1], center, lambda g: _value_and_derivative(g, center))
+        if mode == "closed":
+            raise ValueError(f"mode 'closed' does not take this critic: {reason}")
+    return _forward(critic, x, center, cond) if mode == "forward" else _double(critic, x, center, cond)
+
+
+def _value_and_derivative(g: torch.Tensor, center: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and dP/dg, without a graph."""
+    g = support.dense(g, "g")
+    value, norms = _GRADIENT_NORM.on(g.device.type)(g, center)
+    return value, _GRADIENT_NORM_GRAD.on(g.device.type)(g, norms, torch.ones_like(value), center)
+
+
+def _refuse(critic, mode) -> None:
+    for name, layer in critic.named_modules() if isinstance(critic, torch.nn.Module) else ():
+        measures = layer.training or getattr(layer, "running_var", 0) is None  # its input, not fixed statistics
+        what = f"layer {name!r} ({type(layer).__name__})"
+        if isinstance(layer, _BatchNorm) and measures:
+            raise ValueError(f"critic: {what} normalises by the batch, so no sample has a gradient of its own")
+        if mode != "forward":
+            continue
+        inexact = (torch.nn.LayerNorm, torch.nn.GroupNorm, *([_InstanceNorm] if measures else []))
+        if isinstance(layer, inexact):
+            raise ValueError(f"mode 'forward': torch's forward-mode rule of {what} is not exact")
+        if layer.training and isinstance(layer, _SpectralNorm):
+            raise ValueError(f"mode 'forward': {what} changes its estimate in every call; put it in eval mode")
+
+
+def _double(critic, x, center, cond):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no double backward
+        if torch.compiler.is_compiling():
+            g = torch.func.grad(lambda x: critic(x, **cond).sum())(x)
+        else:
+            x.requires_grad_()
+            (g,) = torch.autograd.grad(critic(x, **cond).sum(), x, create_graph=True)
+    return norm_penalty(g, center)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """A value, with the gradient of something else."""
+
+    @staticmethod
+    def forward(ctx, along, value):
+        ctx.dtype = along.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        closed.check_first_order("forward")
+        return grad.to(ctx.dtype), None
+
+
+def _forward(critic, x, center, cond):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(critic(x, **cond).sum(), x)
+        value, v = _value_and_derivative(g, center)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), v), **cond)).tangent
+        # <v, g> has the penalty's gradient, for v constant
+        return _FirstOrder.apply(tangent.sum(), value)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffgan_fast.nets import DCGANCritic, DCGANGenerator, StudentUNet, UNet
+from diffgan_fast.nets import DCGANCritic, DCGANGenerator, MLPCritic, MLPDenoiser, StudentUNet, UNet
 
 from .helpers import images, randomise
 
@@ -23,6 +23,11 @@ NETWORKS = {
         (images(3, 3, 28), T3, images(3, 3, 28, seed=2)),
     ),
     "critic, layer norm": (lambda: DCGANCritic(3, 32, width=16, norm="layer"), (images(3, 3, 32),)),
+    "points": (lambda: MLPDenoiser(hidden=16), (torch.randn(3, 2), T3)),
+    "points, critic": (
+        lambda: MLPCritic(hidden=16, inputs=("x", "x_t", "t"), T=20),
+        (torch.randn(3, 2), T3, torch.randn(3, 2)),
+    ),
     "generator": (lambda: DCGANGenerator(3, 28, width=8), (torch.randn(3, 100),)),
 }
 
