@@ -10,6 +10,7 @@ import torch
 
 from .base import Data, ImageData
 from .formats import Arrays, read_cifar10, read_idx_pair
+from .points import POINTS, make_points
 
 SPLITS = ("train", "test")
 _DIGITS = Path(__file__).with_name("digits.npz")
@@ -103,7 +104,7 @@ _DIGITS_HELP = "1,797 handwritten digits, 1x8x8, 10 classes (UCI; 1,437 + 360); 
 
 def datasets() -> dict[str, str]:
     """The registered data sets: name -> one line of help."""
-    return {"digits": _DIGITS_HELP} | {name: source.help for name, source in _SOURCES.items()}
+    return {"digits": _DIGITS_HELP} | {name: source.help for name, source in _SOURCES.items()} | POINTS
 
 
 def load_named(name: str, root: str | os.PathLike | None, split: str) -> Data:
@@ -112,6 +113,8 @@ def load_named(name: str, root: str | os.PathLike | None, split: str) -> Data:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     if name == "digits":
         return _digits(split)
+    if name in POINTS:
+        return make_points(name, split)
     source = _SOURCES[name]
     images, labels = source.read(_locate(name, source, root, split), split)
     return ImageData(torch.tensor(images), torch.tensor(labels), source.classes, name)

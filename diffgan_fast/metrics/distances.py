@@ -23,7 +23,8 @@ def _features(values, name: str) -> np.ndarray:
     return values
 
 
-def _pair(real, fake) -> tuple[np.ndarray, np.ndarray]:
+def checked_pair(real, fake) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of rows as float64 ``[n, d]`` and ``[m, d]``, n and m at least 2. ValueError if they are not."""
     real, fake = _features(real, "real"), _features(fake, "fake")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"fake must have {real.shape[1]} features as real has, not {fake.shape[1]}")
@@ -48,7 +49,7 @@ def fid(real, fake) -> float:
 
     Source: Heusel et al. 2017, arXiv:1706.08500.
     """
-    x, y = _pair(real, fake)
+    x, y = checked_pair(real, fake)
     mu1, mu2 = x.mean(0), y.mean(0)
     x, y = x - mu1, y - mu2
     n, m, d = len(x), len(y), x.shape[1]
@@ -139,7 +140,7 @@ def kid(real, fake, *, subsets=None, subset_size=1000, seed=0):
 
     Source: Bińkowski et al. 2018, arXiv:1801.01401.
     """
-    real, fake = _pair(real, fake)
+    real, fake = checked_pair(real, fake)
     if subsets is None:
         return _mmd2(real, fake)
     if subsets < 1:

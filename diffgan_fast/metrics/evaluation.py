@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch import Tensor
 from ..data import Data
 from .distances import fid, inception_score, kid
 from .features import DomainClassifier, quantise
+from .knn import knn_kl
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """float64 features [n, d] and class logits [n, K] (None if the extractor gives none)."""
+    """float64 features [n, d] and class logits [n, K] (None if the extractor gives none). Points are features."""
 
     features: np.ndarray
     logits: np.ndarray | None
@@ -28,6 +30,7 @@ class _Metric:
     score: Callable[[Extracted, Extracted], float]  # (real, fake) -> value
     floor: str  # name of the value that real data gets in place of the samples
     needs_logits: bool = False
+    points: bool = False  # it measures points, not images
 
 
 _METRICS = {
@@ -48,7 +51,14 @@ _METRICS = {
         "Inception score, 1 to the number of classes; higher is better",
         lambda r, f: inception_score(f.logits)[0],
         "is_real",
-        True,
+        needs_logits=True,
+    ),
+    "kl": _Metric(
+        "KL (bits)",
+        "points: KL divergence of real from samples, by nearest neighbours; lower is better, may be negative",
+        lambda r, f: knn_kl(r.features, f.features),
+        "kl_floor",
+        points=True,
     ),
 }
 
@@ -58,18 +68,25 @@ def available() -> dict[str, str]:
     return {name: metric.help for name, metric in _METRICS.items()}
 
 
-def label(metric: str, extractor) -> str:
+def _fitting(data: Data) -> list[str]:
+    """The metrics for this kind of data."""
+    return [name for name, metric in _METRICS.items() if metric.points == data.points]
+
+
+def label(metric: str, extractor=None) -> str:
     """How a score is called in print: "FID" on comparable features only, else for example "FID (domain)".
 
     Args:
         metric: a name of :func:`available`.
-        extractor: the extractor, or its entry in the result of :func:`evaluate`.
+        extractor: the extractor, or its entry in the result of :func:`evaluate`; metrics of points have none.
 
     Raises:
         ValueError: no such metric.
     """
     if metric not in _METRICS:
         raise ValueError(f"metric must be one of {', '.join(_METRICS)}, not {metric!r}")
+    if _METRICS[metric].points:
+        return _METRICS[metric].label
     about = extractor if isinstance(extractor, dict) else _describe(extractor)
     return _METRICS[metric].label + ("" if about["comparable"] else f" ({about['name']})")
 
@@ -99,31 +116,36 @@ def _extract(extractor, batches) -> Extracted:
     return Extracted(np.concatenate(features), np.concatenate(logits) if logits else None)
 
 
+def _points(batches) -> Extracted:
+    """Points as they are."""
+    return Extracted(torch.cat(list(batches)).double().cpu().numpy(), None)
+
+
 def _part(of: Extracted, index) -> Extracted:
     return Extracted(of.features[index], None if of.logits is None else of.logits[index])
 
 
 def _check(samples: Tensor, data: Data, metrics, extractor) -> None:
-    if unknown := [m for m in metrics if m not in _METRICS]:
-        raise ValueError(f"metrics must be among {', '.join(_METRICS)}, not {', '.join(map(repr, unknown))}")
-    if data.points:
-        raise ValueError(f"data {data.name!r} must be images [N, C, H, W], not points")
-    if samples.ndim != 4 or tuple(samples.shape[1:]) != data.shape or len(samples) < 2:
+    if unknown := [m for m in metrics if m not in _fitting(data)]:
+        found = f"{', '.join(map(repr, unknown))}: data {data.name!r} holds {'points' if data.points else 'images'}"
+        raise ValueError(f"metrics must be among {', '.join(_fitting(data))}, not {found}")
+    if tuple(samples.shape[1:]) != data.shape or len(samples) < 2:
         expected = f"[n >= 2, {', '.join(map(str, data.shape))}]"
         raise ValueError(f"samples must be {expected} as data {data.name!r} has, not {list(samples.shape)}")
     if not samples.is_floating_point():
-        raise ValueError(f"samples must be floats in [-1, 1], not {samples.dtype}")
+        raise ValueError(f"samples must be floats, not {samples.dtype}; images lie in [-1, 1]")
     if not torch.isfinite(samples).all():
         raise ValueError("samples must be finite; they hold NaN or infinity")
+    if extractor is not None and data.points:
+        raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
     if extractor is not None and not callable(extractor):
         raise ValueError(f"extractor must be a callable: images -> features [n, d], not {extractor!r}")
 
 
-def _real_pair(data: Data, held_out: Data | None, real: Extracted, n: int, extractor) -> tuple[Extracted, Extracted]:
-    """Reference and up to n real images in place of samples: held out, or the other half of the reference."""
+def _real_pair(held_out: Data | None, real: Extracted, n: int, extract) -> tuple[Extracted, Extracted]:
+    """Reference and up to n real samples in place of generated ones: held out, or the other half of the reference."""
     if held_out is not None:
-        chosen = held_out.subset(min(n, len(held_out)))
-        return real, _extract(extractor, _batches(chosen))
+        return real, extract(_batches(held_out.subset(min(n, len(held_out)))))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(real.features))
     half = len(order) // 2
     return _part(real, order[half:]), _part(real, order[: min(n, half)])
@@ -137,50 +159,56 @@ def evaluate(
     samples: Tensor,
     data: Data,
     *,
-    metrics=("fid", "kid", "is"),
+    metrics=None,
     extractor=None,
     held_out: Data | None = None,
     max_reference: int | None = 10_000,
 ) -> dict:
-    """Scores of samples against a data set, with what real images score in their place.
+    """Scores of samples against a data set, with what real data score in their place.
 
-    Everything, real or not, is rounded to uint8 values before features are taken; nothing is flipped.
+    Images, real or not, are rounded to uint8 values before features are taken; nothing is flipped. Points are measured
+    as they are.
 
     Args:
-        samples: float ``[n, C, H, W]`` in [-1, 1], n >= 2.
-        data: the reference images, normally the training split.
-        metrics: names out of :func:`available`.
+        samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2.
+        data: the reference, normally the training split.
+        metrics: names out of :func:`available`; None is all that measure this kind of data: "fid", "kid" and "is" of
+            images, "kl" of points.
         extractor: callable, images ``[n, C, H, W]`` in [-1, 1] -> features ``[n, d]``, or (features, logits
             ``[n, K]``); its attributes ``name``, ``hash`` and ``comparable`` are reported if it has them.
-            None is the :class:`DomainClassifier` of ``data``.
-        held_out: real images for the floors, normally the test split; None sets one half of the reference
+            None is the :class:`DomainClassifier` of ``data``. Points have none.
+        held_out: real data for the floors, normally the test split; None sets one half of the reference
             against the other. The floor takes n of them, or as many as there are.
-        max_reference: if ``data`` is larger, a fixed random choice of this many is the reference; None takes
-            all.
+        max_reference: if there are more images in ``data``, a fixed random choice of this many is the reference; None
+            takes all. Points are always all taken: the bias of "kl" depends on their number.
 
     Returns:
-        - one value for each metric; ``fid_floor``, ``kid_floor`` and ``is_real``: the same for real images;
-        - ``n``, ``floor_n``: numbers of samples and of real images in the floors;
+        - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``kl_floor``: the same for real data;
+        - ``n``, ``reference_n``, ``floor_n``: numbers of samples, of the reference, and of real data in the floors;
         - with logits: ``mean_top_probability`` of the samples, and ``smallest_class_share``, the share of the
           samples that are of the rarest class (both 0..1);
-        - ``extractor``: its name, hash and ``comparable``, which is also a value of its own: whether scores
+        - of images, ``extractor``: its name, hash and ``comparable``, which is also a value of its own: whether scores
           may be compared with published ones;
         - ``labels``: how each metric is to be called in print, for example "FID (domain)".
 
     Raises:
-        ValueError: an argument out of range, data without labels and no extractor, or "is" without logits.
+        ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
     """
+    metrics = _fitting(data) if metrics is None else metrics
     _check(samples, data, metrics, extractor)
-    extractor = extractor or DomainClassifier.for_data(data)
-    if max_reference is not None and len(data) > max_reference:
-        data = data.subset(max_reference)
-    fake = _extract(extractor, samples.to(data.values.device).split(500))
-    real = _extract(extractor, _batches(data))
+    about: dict[str, Any] = {}
+    extract: Callable[..., Extracted] = _points
+    if not data.points:
+        extractor = extractor or DomainClassifier.for_data(data)
+        about, extract = _describe(extractor), partial(_extract, extractor)
+        if max_reference is not None and len(data) > max_reference:
+            data = data.subset(max_reference)
+    fake = extract(samples.to(data.values.device).split(500))
+    real = extract(_batches(data))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
-    pair = _real_pair(data, held_out, real, len(samples), extractor)
-    about = _describe(extractor)
-    result: dict[str, Any] = {"n": len(samples), "floor_n": len(pair[1].features)}
+    pair = _real_pair(held_out, real, len(samples), extract)
+    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), "floor_n": len(pair[1].features)}
     for name in metrics:
         metric = _METRICS[name]
         result[name] = metric.score(real, fake)
@@ -190,5 +218,6 @@ def evaluate(
         counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
         result["mean_top_probability"] = probabilities.amax(1).mean().item()
         result["smallest_class_share"] = counts.min().item() / len(samples)
-    labels = {name: label(name, about) for name in metrics}
-    return result | {"extractor": about, "comparable": about["comparable"], "labels": labels}
+    if about:
+        result |= {"extractor": about, "comparable": about["comparable"]}
+    return result | {"labels": {name: label(name, about) for name in metrics}}

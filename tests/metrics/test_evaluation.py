@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from diffgan_fast.data import FloatData, ImageData, load
-from diffgan_fast.metrics import DomainClassifier, available, evaluate, fid, inception_score, kid, label
+from diffgan_fast.metrics import DomainClassifier, available, evaluate, fid, inception_score, kid, knn_kl, label
 
 TRAIN, TEST = load("digits"), load("digits", split="test")
 REAL = TEST.batch(slice(None))
+POINTS = FloatData(torch.randn(300, 2, generator=torch.Generator().manual_seed(0)))
 
 
 def pixels(images):
@@ -36,7 +37,7 @@ def test_real_images_score_their_floor_and_are_recognisable():
     result = evaluate(REAL, TRAIN, held_out=TEST)
     for metric, floor in (("fid", "fid_floor"), ("kid", "kid_floor"), ("is", "is_real")):
         assert result[metric] == pytest.approx(result[floor], rel=1e-4)
-    assert (result["n"], result["floor_n"], result["comparable"]) == (360, 360, False)
+    assert (result["n"], result["reference_n"], result["floor_n"], result["comparable"]) == (360, 1437, 360, False)
     assert result["mean_top_probability"] >= 0.9 and result["smallest_class_share"] >= 0.03
     assert result["is"] > 8
 
@@ -101,7 +102,20 @@ def test_labels_never_call_a_domain_score_plain():
         name, comparable = "inception", True
 
     assert label("fid", Inception()) == "FID"
-    assert set(available()) == {"fid", "kid", "is"}
+    assert set(available()) == {"fid", "kid", "is", "kl"}
+
+
+def test_points_are_measured_as_they_are_and_against_all_of_them():
+    torch.manual_seed(1)
+    samples, held_out = torch.randn(100, 2), FloatData(torch.randn(400, 2))
+    result = evaluate(samples, POINTS, held_out=held_out, max_reference=10)
+    floor = knn_kl(POINTS.values, held_out.subset(100).values)
+    assert result == {
+        "n": 100, "reference_n": 300, "floor_n": 100, "kl": knn_kl(POINTS.values, samples), "kl_floor": floor,
+        "labels": {"kl": "KL (bits)"},
+    }  # fmt: skip
+    assert evaluate(samples + 1, POINTS)["kl"] > 0.5 + evaluate(samples, POINTS)["kl"]
+    assert evaluate(samples, POINTS, metrics=["kl"])["floor_n"] == 100
 
 
 def test_mnist_noise_order(real_data):
@@ -126,7 +140,11 @@ def test_mnist_noise_order(real_data):
         (REAL, TRAIN, {"extractor": 3}, "extractor must be a callable"),
         (REAL, TRAIN, {"extractor": pixels}, "'is'. need an extractor"),
         (REAL, TRAIN, {"extractor": lambda x: x}, r"extractor must give features \[360, d\]"),
-        (REAL, FloatData(torch.zeros(3, 2)), {}, "not points"),
+        (REAL, POINTS, {}, r"samples must be \[n >= 2, 2\] as data 'data' has, not \[360, 1, 8, 8\]"),
+        (REAL, TRAIN, {"metrics": ["kl"]}, "metrics must be among fid, kid, is, not 'kl': data 'digits' holds images"),
+        (POINTS.values, POINTS, {"metrics": ["fid", "kl"]}, "among kl, not 'fid': data 'data' holds points"),
+        (POINTS.values, POINTS, {"extractor": pixels}, "extractor must be None: data 'data' holds points"),
+        (POINTS.values[:3], POINTS, {}, r"k must be 1..3 for 300 real and 3 fake points"),
     ],
 )
 def test_what_does_not_fit_is_named(samples, data, kw, message):
