@@ -1,4 +1,7 @@
-"""`python -m benchmarks noise|step|loss|random|training`: measures in fresh processes, prints a table, saves it."""
+"""`python -m benchmarks random|noise|step|loss|penalty|training|points`: measured in fresh processes.
+
+Prints a table and saves it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "training")
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         threads = {torch.get_num_threads()} if arguments.device == "cuda" else {1, os.cpu_count() or 1}
         arguments.threads = sorted(threads)
     if arguments.processes is None:
-        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark == "training"
+        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in ("training", "points")
         arguments.processes = 1 if once else 3
     return arguments
 

@@ -32,13 +32,20 @@ def critic_loss(real: torch.Tensor, fake: torch.Tensor, kind: GanLoss = "nonsatu
     return fake.mean() - real.mean()
 
 
-def generator_loss(fake: torch.Tensor, kind: GanLoss = "nonsaturating") -> torch.Tensor:
-    """What the judged network minimises: a scalar. "nonsaturating" is -log D(fake), "saturating" log(1 - D(fake))."""
+def generator_loss(
+    fake: torch.Tensor, kind: GanLoss = "nonsaturating", *, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the judged network minimises: a scalar. "nonsaturating" is -log D(fake), "saturating" log(1 - D(fake)).
+
+    `weight`, of fake's shape, weighs the samples.
+    """
     _check(kind)
     if kind == "nonsaturating":
-        return softplus(-fake).mean()
-    if kind == "saturating":
-        return -softplus(fake).mean()
-    if kind == "lsgan":
-        return 0.5 * (fake - 1).square().mean()
-    return -fake.mean()
+        each = softplus(-fake)
+    elif kind == "saturating":
+        each = -softplus(fake)
+    elif kind == "lsgan":
+        each = 0.5 * (fake - 1).square()
+    else:
+        each = -fake
+    return (each if weight is None else weight * each).mean()

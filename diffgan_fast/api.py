@@ -23,6 +23,7 @@ from diffgan_fast.report.run import PRIOR_LIMIT
 from diffgan_fast.run import Run, build, fingerprint, load, pick_device
 
 GRID = 64  # images in a sample grid
+SCATTER = 1000  # points in a scatter plot
 STRIP = 4  # images in a strip over noise levels
 
 
@@ -101,7 +102,7 @@ def train(
         seed,
         progress=progress,
         on_log=lambda row: [callback(run, row) for callback in callbacks],
-        on_sample=lambda step: _save_grid(run, step),
+        on_sample=lambda step: _save_picture(run, train_data, step),
     )
     if resuming:
         loop.restore()
@@ -109,7 +110,7 @@ def train(
     elif not checkpoint.steps(folder):
         checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     loop.run()
-    _save_grid(run, state.step)
+    _save_picture(run, train_data, state.step)
     key = random.fold_in(random.key(seed), "diagnose")
     if train_data.shape[0] in (1, 3) and not train_data.points:
         for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
@@ -153,10 +154,7 @@ def compare(
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **{**common, **options.get(name, {})})
         if name == "ddpm" and base is None:
             base = run
-        stored = run.path / "evaluation.json"
-        scores = json.loads(stored.read_text()) if stored.exists() else {}
-        if (scores.get("n"), scores.get("step"), scores.get("seed")) != (n, run.state.step, 1) or "kid" not in scores:
-            scores = run.evaluate(n)
+        scores = run.evaluated(n)
         report.write_run(run.path)
         grid = run.path / "samples" / f"step-{run.state.step}.png"
         found[name] = ({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)}, grid, run.data_name)
@@ -266,14 +264,17 @@ def _drop_rows_after(folder: Path, step: int) -> None:
     checkpoint.write_text(path, "".join(kept))
 
 
-def _save_grid(run: Run, step: int) -> None:
-    if len(run.method.shape) != 3 or run.method.shape[0] not in (1, 3):
+def _save_picture(run: Run, data: data_sets.Data, step: int) -> None:
+    """A grid of sample images, or samples over the points that the run is trained on."""
+    if data.shape[0] not in ((2,) if data.points else (1, 3)):
         return  # nothing that a picture could show
-    images = run.sample(GRID, seed=0)
-    if images.isfinite().all():
-        report.save_grid(images, run.path / "samples" / f"step-{step}.png")
+    samples, path = run.sample(SCATTER if data.points else GRID, seed=0), run.path / "samples" / f"step-{step}.png"
+    if not samples.isfinite().all():
+        warnings.warn(f"samples at step {step} are not finite: no picture is written", stacklevel=2)
+    elif data.points:
+        report.scatter(samples, path, data.values)
     else:
-        warnings.warn(f"samples at step {step} are not finite: no grid is written", stacklevel=2)
+        report.save_grid(samples, path)
 
 
 def _warn_of_mismatch(method: Method) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,26 @@ class Run:
         """Seconds of training so far."""
         return self.history[-1]["seconds"] if self.history else 0.0
 
-    def sample(self, n: int, seed: int = 0, first: int = 0, *, ema: bool = True, batch: int = 500) -> torch.Tensor:
+    @property
+    def named(self) -> bool:
+        """Whether the data are one of `dgf.datasets()`, which can be loaded again and have a test split."""
+        return isinstance(self._data, str) and self._data in data_sets.datasets()
+
+    def sample(
+        self, n: int, seed: int = 0, first: int = 0, *, ema: bool = True, batch: int | None = None
+    ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
 
         Args:
             n: how many, at least 1.
             ema: from the averaged weights, if the run has them.
-            batch: how many at a time; it does not change the noise.
+            batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
 
-        Returns: float32 [n, C, H, W] in [-1, 1] on the CPU.
+        Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
         key = random.fold_in(random.key(seed), "sample")
         parts = [
             self.method.sample(self.state, min(batch, n - i), key, first=first + i, ema=ema).cpu()
@@ -109,20 +118,32 @@ class Run:
         return data_sets.load(self._data, split=split)
 
     def evaluate(
-        self, n: int = 2000, *, metrics: Sequence[str] = ("fid", "kid", "is"), seed: int = 1, extractor: Any = None
+        self, n: int = 2000, *, metrics: Sequence[str] | None = None, seed: int = 1, extractor: Any = None
     ) -> dict[str, Any]:
-        """Measures n samples against the training data.
+        """Measures n samples against the training data, by default with all metrics for this kind of data.
 
-        See `metrics.evaluate`; the result is kept as evaluation.json.
+        See `metrics.evaluate`. Beside its scores stand `sample_seconds`, which drawing the n samples took, and, where a
+        method on points tells it, `eval_loss` on the test split. The result is kept as evaluation.json.
         """
-        named = isinstance(self._data, str) and self._data in data_sets.datasets()
-        held_out = self.reference("test") if named else None
-        result = measures.evaluate(
-            self.sample(n, seed), self.reference(), metrics=tuple(metrics), extractor=extractor, held_out=held_out
-        )
-        result |= {"step": self.state.step, "seed": seed}
+        started = time.perf_counter()
+        samples = self.sample(n, seed)
+        seconds = time.perf_counter() - started
+        held_out = self.reference("test") if self.named else None
+        result = measures.evaluate(samples, self.reference(), metrics=metrics, extractor=extractor, held_out=held_out)
+        if held_out is not None and held_out.points:
+            key = random.fold_in(random.key(seed), "evaluation")
+            loss = self.method.evaluation_loss(self.state, held_out.values, key)
+            result |= {} if loss is None else {"eval_loss": loss}
+        result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed}
         checkpoint.write_text(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
+
+    def evaluated(self, n: int = 2000) -> dict[str, Any]:
+        """What `evaluate(n)` gives: read from evaluation.json if that is of this step and of n samples."""
+        path = self.path / "evaluation.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, 1)
+        return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:
         """Writes the sampling network's weights as one safetensors file for plain torch.

@@ -62,7 +62,8 @@ def sample(
     for t in range(schedule.T, 0, -1):
         if on_step:
             on_step(t, x)
-        out = model(x, torch.full((n,), told[t], dtype=torch.int64, device=device), **(cond or {})).to(x.dtype)
+        now = torch.full((1,), told[t], device=device).expand(n)  # one number, as a network may notice
+        out = model(x, now, **(cond or {})).to(x.dtype)
         common: dict[str, Any] = dict(prediction=prediction, clip_x0=clip_x0, first_sample=first_sample)
         step_key = random.fold_in(key, t)
         if sampler == "ddpm":

@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import diffgan_fast as dgf
 from diffgan_fast import cli
@@ -31,7 +33,7 @@ def test_every_option_of_a_method_is_a_flag(capsys):
         text = run(capsys, "train", name, "--help").out
         for field in dataclasses.fields(dgf.methods.find(name).Config):
             assert f"--{field.name.replace('_', '-')}" in text, field.name
-        assert "[default: 0.999]" in text.replace("\n", " ") or "0.999" in text
+        assert f"[default: {dgf.methods.find(name).Config().ema}]" in " ".join(text.split())
 
 
 def test_help_names_every_method(capsys):
@@ -47,8 +49,19 @@ def test_a_run_from_training_to_report(trained, capsys, tmp_path):
     samples = np.load(tmp_path / "s.npz")["samples"]
     assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
     text = run(capsys, "evaluate", str(trained), "--n", "40").out
-    assert "FID (domain)" in text and "real images" in text and "never with published ones" in text
+    assert "FID (domain)" in text and "real data" in text and "never with published ones" in text
     assert "report.html" in run(capsys, "report", str(trained)).out
+
+
+def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):
+    points = torch.randn(5, 2)
+    stand_in = SimpleNamespace(sample=lambda n, seed: points, named=True, reference=lambda: dgf.data.load("moons"))
+    monkeypatch.setattr(dgf, "load", lambda path, device: stand_in)
+    run(capsys, "sample", str(tmp_path), "--out", str(tmp_path / "s.npz"))
+    samples = np.load(tmp_path / "s.npz")["samples"]
+    assert samples.dtype == np.float32 and (samples == points.numpy()).all()
+    run(capsys, "sample", str(tmp_path), "--seed", "3")
+    assert (tmp_path / "samples" / "seed-3.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_resume_makes_a_run_longer(trained, capsys):

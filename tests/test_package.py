@@ -111,6 +111,6 @@ def test_the_sdist_holds_the_native_sources(tmp_path):
     names = {"/".join(n.split("/")[1:]) for n in tarfile.open(archive).getnames()}
     wanted = {"csrc/philox.h", "csrc/cpu/kernels.h", "csrc/cuda/core.cuh", "csrc/host.cpp", "kernels/noise.py",
               "setup.py", "LICENSE", "diffgan_fast/py.typed", "diffgan_fast/data/digits.npz",
-              "diffgan_fast/metrics/digits_classifier.safetensors"}  # fmt: skip
+              "diffgan_fast/data/dino.csv", "diffgan_fast/metrics/digits_classifier.safetensors"}  # fmt: skip
     assert wanted <= names, wanted - names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]

@@ -4,7 +4,7 @@ from diffgan_fast.engine.config import TrainConfig, option
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
-from diffgan_fast.engine.state import State, evaluating, make_adam
+from diffgan_fast.engine.state import State, evaluating, frozen, make_adam
 
 __all__ = [
     "Batch",
@@ -15,6 +15,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "evaluating",
+    "frozen",
     "make_adam",
     "option",
 ]

@@ -24,14 +24,21 @@ class TrainConfig:
     """What every method has."""
 
     steps: int = option(2000, "training steps", low=0)
-    batch_size: int = option(128, "images a step", low=1)
+    batch_size: int = option(128, "samples a step", low=1)
     lr: float = option(2e-4, "learning rate of the generating network", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
-        "constant", "learning rate over the run: cosine to 0, or exponential to a tenth"
+        "constant", "learning rate of the generating network over the run: cosine to 0, or exponential to a tenth"
     )
     warmup: int = option(0, "steps over which the learning rate rises from 0", unit="steps", low=0)
     clip_grad: float = option(0.0, "largest norm of the generating network's gradient (0: no limit)", low=0)
-    ema: float = option(0.999, "decay of the averaged weights that sampling uses (0: none)", low=0, high=1)
+    ema: float = option(
+        0.999,
+        "decay of the averaged weights that sampling uses, reached over some thousand updates (0: none)",
+        low=0,
+        high=1,
+    )
+    ema_every: int = option(1, "updates between averagings", unit="updates", low=1)
+    ema_start: int = option(0, "updates during which the average is a copy", unit="updates", low=0)
     flip: bool = option(False, "mirror half of the training images")
     channels_last: bool = option(True, "keep images and convolutions in channels_last memory format")
     log_every: int = option(50, "steps between rows of metrics.jsonl", unit="steps", low=1)

@@ -65,3 +65,7 @@ class Method(ABC):
     def diagnose(self, state: State, batch: Batch, key: int) -> dict[str, list]:
         """Curves that a report shows, computed at the end of a run. None by default."""
         return {}
+
+    def evaluation_loss(self, state: State, x: torch.Tensor, key: int) -> float | None:
+        """The loss, with fresh noise, on samples x [N, …] that were not trained on. None where a method has none."""
+        return None

@@ -13,9 +13,12 @@ from torch import nn
 from diffgan_fast.engine.config import TrainConfig
 
 
-def make_adam(module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Adam over the trainable parameters, in torch's fused form: one pass over the weights a step."""
-    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=lr, betas=betas, fused=True)
+def make_adam(
+    module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW (without decay: Adam) over the trainable parameters, in torch's fused form: one pass over them a step."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 class State:
@@ -58,13 +61,13 @@ class State:
         loss.backward(inputs=parameters)
         if name in self.generating and self.config.clip_grad:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad, foreach=True)
-        lr = self._base_lr[name] * self.lr_factor()
+        lr = self._base_lr[name] * (self.lr_factor() if name in self.generating else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._updates[name] += 1
-        if name in self.ema:
+        if name in self.ema and self._updates[name] % self.config.ema_every == 0:
             self._average(net, self.ema[name], self._updates[name])
 
     @property
@@ -73,7 +76,7 @@ class State:
         return tuple(n for n in self.nets if n != "critic")
 
     def lr_factor(self) -> float:
-        """What the base learning rates are multiplied by at this step."""
+        """What the base learning rates of the generating networks are multiplied by at this step."""
         c, progress = self.config, self.step / max(self.config.steps, 1)
         factor = {
             "constant": 1.0,
@@ -85,7 +88,7 @@ class State:
     @torch.no_grad()
     def _average(self, net: nn.Module, ema: nn.Module, updates: int) -> None:
         # the usual warm-up: the average of few steps is not dominated by the initial weights
-        decay = min(self.config.ema, (1 + updates) / (10 + updates))
+        decay = min(self.config.ema, 1 - (1 + max(updates - self.config.ema_start, 0)) ** (-2 / 3))
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
@@ -106,3 +109,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def frozen(module: object) -> Iterator[None]:
+    """A module's parameters without gradients, for a forward pass that trains something else. Other objects pass."""
+    trainable = [p for p in module.parameters() if p.requires_grad] if isinstance(module, nn.Module) else []
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

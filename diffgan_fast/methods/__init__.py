@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
-from diffgan_fast.methods import ddpm, method3, method35
+from diffgan_fast.methods import ddpm, gan_enhanced, method3, method35
 
-_KINDS: tuple[type[Method], ...] = (ddpm.DDPM, method3.Method3, method35.Method35)
+_KINDS: tuple[type[Method], ...] = (ddpm.DDPM, method3.Method3, method35.Method35, gan_enhanced.GANEnhanced)
 _ALL = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["ddpm", "find", "method3", "method35"]
+__all__ = ["ddpm", "find", "gan_enhanced", "method3", "method35"]
 
 
 def find(name: str) -> type[Method]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.engine import Method, State, TrainConfig, evaluating, option
-from diffgan_fast.ops import add_noise, support
+from diffgan_fast.ops import add_noise, denoising_loss, support
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
 from diffgan_fast.schedule import Prediction, Schedule
@@ -33,10 +33,14 @@ STUDENT: dict[str, Any] = dict(
 class DiffusionConfig(TrainConfig):
     """A denoiser, its schedule and its sampler."""
 
-    network: Literal["auto", "unet", "student"] = option(
-        "auto", "denoiser: the DDPM U-Net of the image's size, or the source document's small U-Net (28 px)"
+    network: Literal["auto", "unet", "student", "mlp"] = option(
+        "auto",
+        "denoiser: the DDPM U-Net of the image's size, the source document's small U-Net (28 px), or an MLP for points "
+        "(auto: U-Net or MLP)",
     )
-    width: int | None = option(None, "channels of the U-Net's first level (none: as the preset has them)", low=1)
+    width: int | None = option(
+        None, "channels of the U-Net's first level, or width of the MLP (none: as the network has them)", low=1
+    )
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=1)
     T: int = option(300, "diffusion steps", unit="steps", low=1)
     schedule: Literal["linear-scaled", "linear", "quadratic", "cosine"] = option(
@@ -53,7 +57,7 @@ class DiffusionConfig(TrainConfig):
     sample_steps: int | None = option(None, "sampling steps (none: all T)", unit="steps", low=1)
     eta: float = option(0.0, "noise of the ddim sampler", low=0, high=1)
     variance: Variance = option("beta", "variance of the ddpm sampler")
-    clip_x0: bool = option(True, "clamp the reconstruction to the data's range while sampling")
+    clip_x0: bool = option(True, "clamp the reconstruction to [-1, 1] while sampling (images)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,24 +79,37 @@ class DiffusionMethod(Method):
         super().__init__(config, shape, num_classes)
         self.schedule = make_schedule(self.config)
 
+    @property
+    def points(self) -> bool:
+        """Whether the data are points, in their own units, and not images."""
+        return len(self.shape) == 1
+
     def make_denoiser(self) -> nn.Module:
         """A new denoiser for this data."""
-        if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
+        kind, width = self.config.network, self.config.width
+        if kind == "auto":
+            kind = "mlp" if self.points else "unet"
+        if (kind == "mlp") != self.points or (not self.points and self.shape[1] != self.shape[2]):
+            needed = "points [N, D]" if kind == "mlp" else "square images [N, C, S, S]"
             raise ValueError(
-                f"data must be square images [N, C, S, S] for method {self.name!r}, got shape {list(self.shape)}"
+                f"data must be {needed} for method {self.name!r} with network={kind!r}, got shape {list(self.shape)}"
             )
+        if kind == "mlp":
+            return nets.MLPDenoiser(self.shape[0], width or 256)
         channels, size, _ = self.shape
-        if self.config.network == "student":
+        if kind == "student":
             return nets.StudentUNet(channels, T=self.config.T)
-        width = {} if self.config.width is None else {"width": self.config.width}
-        return nets.UNet.preset(size, channels, dropout=self.config.dropout, **width)
+        chosen = {} if width is None else {"width": width}
+        return nets.UNet.preset(size, channels, dropout=self.config.dropout, **chosen)
 
     def to_model(self, x: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] in the range that the denoiser works in."""
-        return x if self.config.data_range == "signed" else (x + 1) / 2
+        """Images in [-1, 1] in the range that the denoiser works in; points as they are."""
+        return x if self.points or self.config.data_range == "signed" else (x + 1) / 2
 
-    def to_images(self, x: torch.Tensor) -> torch.Tensor:
-        """The denoiser's range as images, clamped to [-1, 1]."""
+    def to_data(self, x: torch.Tensor) -> torch.Tensor:
+        """The denoiser's range as images, clamped to [-1, 1]; points as they are."""
+        if self.points:
+            return x
         return (x if self.config.data_range == "signed" else x * 2 - 1).clamp(-1, 1)
 
     def draw_t(self, n: int, key: int, first_sample: int, device: torch.device) -> torch.Tensor:
@@ -113,24 +130,37 @@ class DiffusionMethod(Method):
                 eta=c.eta,
                 variance=c.variance,
                 prediction=c.prediction,
-                clip_x0=c.clip_x0,
+                clip_x0=c.clip_x0 and not self.points,
                 first_sample=first,
                 channels_last=c.channels_last,
                 device=device,
                 on_step=on_step,
             )
-        return self.to_images(x).contiguous()
+        return self.to_data(x).contiguous()
 
     def strips(self, state: State, x: torch.Tensor, key: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
         """x on its way to noise, and samples on their way from it."""
         T, noised = self.schedule.T, []
         for t in (0, T // 8, T // 4, T // 2, 3 * T // 4, T):
-            noised.append((t, self.to_images(add_noise(self.to_model(x), t, self.schedule, key)).cpu()))
+            noised.append((t, self.to_data(add_noise(self.to_model(x), t, self.schedule, key)).cpu()))
         seen: list[tuple[int, torch.Tensor]] = []
-        self.sample(state, len(x), key, on_step=lambda t, x: seen.append((t, self.to_images(x).cpu())))
+        self.sample(state, len(x), key, on_step=lambda t, x: seen.append((t, self.to_data(x).cpu())))
         told = self.schedule.respace(len(seen) - 1).timesteps.tolist()
         picked = sorted({round(i * (len(seen) - 1) / 6) for i in range(7)})
         return {"noising": noised, "denoising": [(told[seen[i][0]], seen[i][1]) for i in picked]}
+
+    @torch.no_grad()
+    def evaluation_loss(self, state: State, x: torch.Tensor, key: int) -> float:
+        """The noise-prediction loss of the weights as trained, not averaged, over ten draws of t and noise a sample."""
+        net, losses = state["denoiser"], []
+        x = self.to_model(x.to(next(net.parameters()).device))
+        with evaluating(net):
+            for draw in range(10):
+                t = self.draw_t(len(x), random.fold_in(key, draw), 0, x.device)
+                noise_key = random.fold_in(key, draw, "noise")
+                out = net(add_noise(x, t, self.schedule, noise_key), t).to(x.dtype)
+                losses.append(denoising_loss(out, x, t, self.schedule, noise_key, prediction=self.config.prediction))
+        return float(torch.stack(losses).mean())
 
 
 def make_schedule(config: DiffusionConfig) -> Schedule:
@@ -143,6 +173,16 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     return make(config.T, config.beta_1, config.beta_T)
 
 
+def _level_rows(schedule: Schedule) -> torch.Tensor:
+    abar = schedule.alphas_cumprod
+    return torch.stack((abar.sqrt(), (1 - abar).sqrt()), 1)
+
+
+def _levels(x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule) -> list[torch.Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against x_t."""
+    return [c.to(x_t.dtype) for c in support.pick_rows(schedule.rows("levels", x_t, _level_rows), t, 0, x_t)]
+
+
 def predicted_noise(
     out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule, prediction: Prediction
 ) -> torch.Tensor:
@@ -150,9 +190,19 @@ def predicted_noise(
     out = out.to(x_t.dtype)
     if prediction == "eps":
         return out
-    abar = support.take(schedule.on(x_t.device), t).reshape(-1, *[1] * (x_t.dim() - 1))
-    signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
+    signal, noise = _levels(x_t, t, schedule)
     return (x_t - signal * out) / noise if prediction == "x0" else noise * x_t + signal * out
+
+
+def reconstruction(
+    out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule, prediction: Prediction
+) -> torch.Tensor:
+    """x0_hat, the clean data that an output stands for: the output itself, or what follows from its eps or v."""
+    out = out.to(x_t.dtype)
+    if prediction == "x0":
+        return out
+    signal, noise = _levels(x_t, t, schedule)
+    return (x_t - noise * out) / signal if prediction == "eps" else signal * x_t - noise * out
 
 
 @torch.no_grad()
@@ -161,8 +211,9 @@ def noise_levels(
 ) -> dict[str, list]:
     """How well a denoiser predicts the noise at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
 
-    log_var_eps is the log variance of eps_hat. The Bayes-optimal one lies below 0 (for N(0, 1) data it is
-    log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser from noise.
+    log_var_eps is the log variance of eps_hat; for one that is constant, log 1e-6. The Bayes-optimal one lies below 0
+    (for N(0, 1) data it is log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser
+    from noise.
     """
     T = method.schedule.T
     steps = sorted({max(1, round(T * (i + 1) / levels)) for i in range(levels)})
@@ -173,5 +224,5 @@ def noise_levels(
             told = torch.full((len(x),), t, device=x.device)
             eps_hat = predicted_noise(net(x_t, told), x_t, told, method.schedule, method.config.prediction)
             rows["mse"].append(float((eps_hat - eps).square().mean()))
-            rows["log_var_eps"].append(float(eps_hat.var().log()))
+            rows["log_var_eps"].append(float(eps_hat.var().clamp_min(1e-6).log()))
     return rows

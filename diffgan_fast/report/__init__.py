@@ -4,6 +4,7 @@ from .comparison import write_comparison
 from .html import page, picture
 from .images import grid, save_grid, strip
 from .plots import curves, levels
+from .points import panels, scatter
 from .run import write_run
 from .scores import SCORE_COLUMNS, compared, recognisable_digits, score_notes, score_rows
 from .table import html_table, table
@@ -16,9 +17,11 @@ __all__ = [
     "html_table",
     "levels",
     "page",
+    "panels",
     "picture",
     "recognisable_digits",
     "save_grid",
+    "scatter",
     "score_notes",
     "score_rows",
     "strip",

@@ -34,6 +34,7 @@ figcaption { color: var(--soft); font-size: .85rem; margin-top: .3rem; }
   margin-top: 1.25rem; }
 .beside { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
 .samples img { width: 100%; max-width: 32rem; image-rendering: pixelated; }
+.points img { width: 100%; max-width: 28rem; }
 .pictures img, .beside img { width: 100%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .95rem; }
@@ -75,7 +76,7 @@ def picture(content: bytes, caption: str = "", alt: str = "") -> str:
 
 
 def block(kind: str, parts: list[str]) -> str:
-    """The parts laid out in one of the page's ways: "plots", "pictures", "beside", "samples"."""
+    """The parts laid out in one of the page's ways: "plots", "pictures", "beside", "samples", "points"."""
     return f'<div class="{kind}">{"".join(parts)}</div>'
 
 

@@ -40,17 +40,17 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
-def _summary(history: list[dict], evaluation: dict) -> str:
+def _summary(history: list[dict], evaluation: dict, kind: str) -> str:
     clock = {key: max(seen) for key in _CLOCK if (seen := [row[key] for row in history if key in row])}
     found = {}
     if "step" in clock:
         found["steps"] = number(clock["step"])
     if "images_seen" in clock:
-        found["images seen"] = number(clock["images_seen"])
+        found[f"{kind} seen"] = number(clock["images_seen"])
     if "seconds" in clock:
         found["training time"] = _duration(clock["seconds"])
     if clock.get("seconds") and "images_seen" in clock:
-        found["images / s"] = number(round(clock["images_seen"] / clock["seconds"]))
+        found[f"{kind} / s"] = number(round(clock["images_seen"] / clock["seconds"]))
     labels = evaluation.get("labels", {})
     found |= {labels[key]: number(evaluation[key]) for key in labels if is_number(evaluation.get(key))}
     return tiles(found) if found else ""
@@ -61,7 +61,7 @@ def _prior_warning(config: dict) -> str:
     if mismatch <= PRIOR_LIMIT:
         return ""
     return paragraph(
-        f"The noise schedule stops early: √ᾱ_T = {mismatch:.3f}, so noised data still show {mismatch:.0%} of the image "
+        f"The noise schedule stops early: √ᾱ_T = {mismatch:.3f}, so noised data still show {mismatch:.0%} of the data "
         "at t = T, while sampling starts from pure noise. Expect samples to suffer; a schedule that reaches "
         f"√ᾱ_T ≤ {PRIOR_LIMIT} avoids it.",
         "warning",
@@ -109,8 +109,8 @@ def _plots(history: list[dict]) -> list[Section]:
     return [("Training", block("plots", plots))] if plots else []
 
 
-def _samples(folder: Path) -> list[Section]:
-    """The last grid large, earlier ones small, spread evenly over the run; then the strips."""
+def _samples(folder: Path, kind: str) -> list[Section]:
+    """The last picture large, earlier ones small, spread evenly over the run; then the strips."""
     grids = {int(m[1]): path for path in folder.glob("step-*.png") if (m := re.fullmatch(r"step-(\d+)", path.stem))}
     steps, sections = sorted(grids), []
     if steps:
@@ -118,7 +118,8 @@ def _samples(folder: Path) -> list[Section]:
         count = min(EARLIER_GRIDS, len(earlier))
         chosen = [earlier[i * (len(earlier) - 1) // max(1, count - 1)] for i in range(count)]
         shown = {step: picture(grids[step].read_bytes(), f"step {step:,}") for step in [*chosen, last]}
-        body = block("samples", [shown.pop(last)]) + (block("pictures", list(shown.values())) if shown else "")
+        large = block("points" if kind == "points" else "samples", [shown.pop(last)])
+        body = large + (block("pictures", list(shown.values())) if shown else "")
         sections.append(("Samples", body))
     strips = [
         picture((folder / f"{stem}.png").read_bytes(), caption)
@@ -176,10 +177,11 @@ def write_run(run_dir: str | os.PathLike) -> Path:
     config, evaluation = _json(folder / "config.json"), _json(folder / "evaluation.json")
     history = _history(folder / "metrics.jsonl")
     method, data = config.get("method"), config.get("data")
+    kind = "points" if len(config.get("shape", ())) == 1 else "images"
     title = " on ".join(str(name) for name in (method, data) if name is not None) or folder.resolve().name
     sections = [
-        ("", _summary(history, evaluation) + _prior_warning(config)),
-        *_samples(folder / "samples"),
+        ("", _summary(history, evaluation, kind) + _prior_warning(config)),
+        *_samples(folder / "samples", kind),
         *_plots(history),
         *_evaluation(evaluation, history, _json(folder / "levels.json"), str(data)),
         _settings(config),

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from .table import is_number
 
-SCORE_COLUMNS = {"metric": "metric", "value": "samples", "floor": "real images"}
+SCORE_COLUMNS = {"metric": "metric", "value": "samples", "floor": "real data"}
 
 _HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage"}
-_NOT_SCORES = {"n", "floor_n", "comparable"}
+_NOT_SCORES = {"n", "reference_n", "floor_n", "comparable", "step", "seed"}
 
 
 def _floor_key(evaluation: Mapping, metric: str) -> str | None:
@@ -15,7 +15,7 @@ def _floor_key(evaluation: Mapping, metric: str) -> str | None:
 
 
 def score_rows(evaluation: Mapping) -> list[dict]:
-    """Rows for a table with :data:`SCORE_COLUMNS`: each metric of the samples beside that of real images.
+    """Rows for a table with :data:`SCORE_COLUMNS`: each metric of the samples beside that of real data.
 
     Args:
         evaluation: what ``metrics.evaluate`` returned, or the same from ``evaluation.json``.
@@ -42,7 +42,7 @@ def score_rows(evaluation: Mapping) -> list[dict]:
 
 
 def compared(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict, dict]:
-    """A table of several runs' scores on the same data and features, with what real images score as its last row.
+    """A table of several runs' scores on the same data and features, with what real data score as the last row.
 
     Args:
         rows: for each run, "method" and what ``metrics.evaluate`` returned; "seconds" of training if known.
@@ -56,11 +56,11 @@ def compared(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict, dict]:
         columns["seconds"] = ("training (s)", ".1f")
     floors = {metric: rows[0].get(_floor_key(rows[0], metric)) for metric in labels}
     best = {metric: max if metric in _HIGHER_IS_BETTER else min for metric in labels}
-    return [*rows, {"method": "real images", **floors, "reference": True}], columns, best
+    return [*rows, {"method": "real data", **floors, "reference": True}], columns, best
 
 
 def score_notes(evaluation: Mapping) -> list[str]:
-    """Sentences that belong under every table of scores: numbers of images, features, what may be compared.
+    """Sentences that belong under every table of scores: numbers of samples, features, what may be compared.
 
     Args:
         evaluation: as for :func:`score_rows`.
@@ -70,10 +70,14 @@ def score_notes(evaluation: Mapping) -> list[str]:
     """
     notes = []
     if "n" in evaluation:
-        notes.append(f"Scores of {evaluation['n']:,} samples.")
+        against = f" against {evaluation['reference_n']:,} real ones" if "reference_n" in evaluation else ""
+        notes.append(f"Scores of {evaluation['n']:,} samples{against}.")
     if "floor_n" in evaluation:
+        notes.append(f"“Real data” is the floor: what {evaluation['floor_n']:,} real samples score in their place.")
+    if "kl" in evaluation.get("labels", {}):
         notes.append(
-            f"“Real images” is the floor: what {evaluation['floor_n']:,} real images score in place of samples."
+            "KL is that of real from generated points, estimated from nearest neighbours: it may be negative, and "
+            "depends on both numbers of points, so compare it only where they are the same."
         )
     extractor = evaluation.get("extractor", {})
     if "name" in extractor:

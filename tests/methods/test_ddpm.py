@@ -44,8 +44,27 @@ def test_data_ranges():
     kind = dgf.methods.find("ddpm")
     unit = kind(kind.Config(data_range="unit", clip_x0=False), (1, 8, 8))
     images = torch.tensor([-1.0, 0.0, 1.0])
-    assert unit.to_model(images).tolist() == [0, 0.5, 1] and torch.equal(unit.to_images(unit.to_model(images)), images)
-    assert unit.to_images(torch.tensor([-3.0, 3.0])).tolist() == [-1, 1]
+    assert unit.to_model(images).tolist() == [0, 0.5, 1] and torch.equal(unit.to_data(unit.to_model(images)), images)
+    assert unit.to_data(torch.tensor([-3.0, 3.0])).tolist() == [-1, 1]
+
+
+def test_evaluation_loss_is_that_of_the_trained_weights_over_fresh_noise():
+    class Gain(torch.nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.gain, self.told = torch.nn.Parameter(torch.tensor(gain)), set()
+
+        def forward(self, x, t):
+            self.told |= set(t.tolist())
+            abar = method.schedule.alphas_cumprod[t].float().view(-1, 1)
+            return self.gain * x / (1 - abar).sqrt()
+
+    kind = dgf.methods.find("ddpm")
+    method = kind(kind.Config(T=7, clip_x0=False), (2,))
+    for gain in (0.0, 1.0, 0.5):  # data that are all 0: the output is gain · eps
+        state = {"denoiser": Gain(gain)}
+        loss = method.evaluation_loss(state, torch.zeros(5000, 2), 3)
+        assert abs(loss - (1 - gain) ** 2) < 0.02 and state["denoiser"].told == set(range(1, 8))
 
 
 def test_a_trained_denoiser_reaches_the_best_loss_on_gaussian_data(tmp_path):

@@ -146,7 +146,7 @@ def test_comparison_of_evaluated_runs(tmp_path, parse):
     header = seen.text[seen.text.index("method") :][:5]
     assert header == ["method", "FID (domain)", "KID (domain)", "IS (domain)", "training (s)"]
     assert seen.bold == ["0.02000", "8.500", "8.000", "0.02000"]
-    assert "real images\n3.250\n0.001000\n9.000\n–" in "\n".join(seen.text) and "never with published" in html
+    assert "real data\n3.250\n0.001000\n9.000\n–" in "\n".join(seen.text) and "never with published" in html
     assert [base64.b64decode(s.split(",")[1]) for s in seen.sources] == [p.read_bytes() for p in grids.values()]
     table_rows, columns, _ = compared(rows)
     assert len(rows) == 2 and table_rows[-1]["reference"] and list(columns) == ["method", "fid", "kid", "is", "seconds"]
