@@ -4,11 +4,13 @@ from diffgan_fast.engine.config import TrainConfig, option
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
-from diffgan_fast.engine.state import State, evaluating, frozen, make_adam
+from diffgan_fast.engine.optim import FlatAdamW
+from diffgan_fast.engine.state import State, evaluating, frozen
 
 __all__ = [
     "Batch",
     "Feed",
+    "FlatAdamW",
     "Loop",
     "Method",
     "State",
@@ -16,6 +18,5 @@ __all__ = [
     "TrainingError",
     "evaluating",
     "frozen",
-    "make_adam",
     "option",
 ]

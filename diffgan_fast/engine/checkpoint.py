@@ -93,10 +93,6 @@ def load(folder: Path, state: State) -> dict[str, Any]:
             owner, number, field = key.split("/")
             if owner == name:
                 stored.setdefault(int(number), {})[field] = value
-        for index, p in enumerate(optimizer.param_groups[0]["params"]):
-            for field, value in stored.get(index, {}).items():
-                if value.shape == p.shape:  # the fused optimisers take moments to lie in memory as their parameter does
-                    stored[index][field] = torch.empty_like(p).copy_(value).detach()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": stored})
     facts = json.loads((path / "state.json").read_text())
     state.step = facts["step"]

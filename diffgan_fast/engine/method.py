@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffgan_fast.engine.config import TrainConfig
+from diffgan_fast.engine.optim import FlatAdamW
 from diffgan_fast.engine.state import State
 
 
@@ -42,7 +43,7 @@ class Method(ABC):
         """All networks by name, on the CPU; those in `given` (the user's, or a base run's) are taken as they are."""
 
     @abstractmethod
-    def optimizers(self, nets: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    def optimizers(self, nets: dict[str, nn.Module]) -> dict[str, FlatAdamW]:
         """The optimiser of each network that trains."""
 
     @abstractmethod

@@ -11,14 +11,7 @@ import torch
 from torch import nn
 
 from diffgan_fast.engine.config import TrainConfig
-
-
-def make_adam(
-    module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
-) -> torch.optim.AdamW:
-    """AdamW (without decay: Adam) over the trainable parameters, in torch's fused form: one pass over them a step."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+from diffgan_fast.engine.optim import FlatAdamW
 
 
 class State:
@@ -34,7 +27,7 @@ class State:
     def __init__(
         self,
         nets: dict[str, nn.Module],
-        optimizers: dict[str, torch.optim.Optimizer],
+        optimizers: dict[str, FlatAdamW],
         averaged: tuple[str, ...],
         config: TrainConfig,
     ):
@@ -53,19 +46,15 @@ class State:
         return self._updates
 
     def update(self, name: str, loss: torch.Tensor) -> None:
-        """One optimiser step of network `name` on a loss. Only this network's gradients are touched and kept."""
+        """One optimiser step of network `name` on a loss. No other network's gradients are computed."""
         optimizer, net = self.optimizers[name], self.nets[name]
-        parameters = optimizer.param_groups[0]["params"]
-        # only these gradients are computed; `backward` (unlike `grad`) lays them out as their parameters lie in memory,
-        # which the fused optimisers rely on without checking
-        loss.backward(inputs=parameters)
+        optimizer.backward(loss)
         if name in self.generating and self.config.clip_grad:
-            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad, foreach=True)
+            optimizer.clip(self.config.clip_grad)
         lr = self._base_lr[name] * (self.lr_factor() if name in self.generating else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         self._updates[name] += 1
         if name in self.ema and self._updates[name] % self.config.ema_every == 0:
             self._average(net, self.ema[name], self._updates[name])

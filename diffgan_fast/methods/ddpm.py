@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from diffgan_fast import random
-from diffgan_fast.engine import Batch, State, make_adam, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, option
 from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod, noise_levels
 from diffgan_fast.ops import add_noise, denoising_loss
 from diffgan_fast.schedule import Prediction, Schedule
@@ -52,7 +52,7 @@ class DDPM(DiffusionMethod):
         return {"denoiser": given.get("denoiser") or self.make_denoiser()}
 
     def optimizers(self, nets):
-        return {"denoiser": make_adam(nets["denoiser"], self.config.lr)}
+        return {"denoiser": FlatAdamW(nets["denoiser"], self.config.lr)}
 
     def step(self, state: State, batch: Batch, key: int):
         x0, first = self.to_model(batch.x), batch.first_sample

@@ -19,7 +19,7 @@ import torch
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
-from diffgan_fast.engine import Batch, State, frozen, make_adam, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, option
 from diffgan_fast.methods.diffusion import DiffusionConfig, DiffusionMethod, noise_levels, reconstruction
 from diffgan_fast.ops import add_noise, denoising_loss, gradient_penalty, posterior_step, support
 from diffgan_fast.ops.step import Variance
@@ -166,7 +166,7 @@ class GANEnhanced(DiffusionMethod):
 
     def optimizers(self, nets):
         rates = {"denoiser": self.config.lr, "critic": self.config.critic_lr}
-        return {name: make_adam(net, rates[name], weight_decay=WEIGHT_DECAY) for name, net in nets.items()}
+        return {name: FlatAdamW(net, rates[name], weight_decay=WEIGHT_DECAY) for name, net in nets.items()}
 
     def step(self, state: State, batch: Batch, key: int):
         c, x0, first = self.config, self.to_model(batch.x), batch.first_sample

@@ -14,7 +14,7 @@ import torch
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
-from diffgan_fast.engine import Batch, State, evaluating, make_adam, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, evaluating, option
 from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod, noise_levels, predicted_noise
 from diffgan_fast.ops import add_noise
 from diffgan_fast.schedule import Prediction, Schedule
@@ -112,8 +112,8 @@ class NoiseCritic(DiffusionMethod):
 
     def optimizers(self, nets):
         return {
-            "denoiser": make_adam(nets["denoiser"], self.config.lr, BETAS),
-            "critic": make_adam(nets["critic"], self.config.critic_lr, BETAS),
+            "denoiser": FlatAdamW(nets["denoiser"], self.config.lr, BETAS),
+            "critic": FlatAdamW(nets["critic"], self.config.critic_lr, BETAS),
         }
 
     def step(self, state: State, batch: Batch, key: int):

@@ -1,9 +1,17 @@
 """How a time step enters a network: as sines and cosines, or as one fraction of T."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+@lru_cache
+def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # so that it may take part in training, whoever asks first
+        k = torch.arange(half, dtype=dtype, device=device)
+        return torch.exp(k * (-math.log(10000) / (half - 1)))
 
 
 def sinusoidal(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,8 +37,7 @@ def sinusoidal(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tenso
         raise ValueError(f"dim is {dim}; it must be even and at least 4")
     half = dim // 2
     compute = torch.promote_types(dtype, torch.float32)
-    k = torch.arange(half, dtype=compute, device=t.device)
-    phase = t.to(compute)[:, None] * torch.exp(k * (-math.log(10000) / (half - 1)))
+    phase = t.to(compute)[:, None] * _frequencies(half, compute, t.device)
     return torch.cat([phase.sin(), phase.cos()], dim=1).to(dtype)
 
 

@@ -1,0 +1,70 @@
+"""The optimiser of the engine: AdamW over all parameters of a network as one vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = (
+    16  # elements: where each parameter starts in the vector, so that vector loads of its own kernels are aligned
+)
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW (without decay: Adam) in torch's fused form, over a module's trainable parameters as one vector.
+
+    The parameters become views of the vector, in the memory format they have. A step, a norm or an exchange between
+    processes is then one operation, whatever the number of layers; of small networks these would else cost as much as
+    the gradients. One vector for each dtype.
+
+    Args:
+        module: on its device; moving it afterwards cuts it off from the optimiser.
+        lr, betas, weight_decay: as for `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self, module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+    ):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self._gradients: list[Tensor] = []
+        dtypes = dict.fromkeys(p.dtype for p in self.parameters)
+        vectors = [self._flatten([p for p in self.parameters if p.dtype == dtype]) for dtype in dtypes]
+        self.parameters.sort(key=lambda p: list(dtypes).index(p.dtype))  # as their gradients stand in the vectors
+        super().__init__(vectors, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def _flatten(self, parameters: list[nn.Parameter]) -> nn.Parameter:
+        starts, end = [], 0
+        for p in parameters:
+            starts.append(end)
+            end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        vector = nn.Parameter(parameters[0].new_zeros(end))
+        vector.grad = torch.zeros_like(vector)
+        for p, start in zip(parameters, starts, strict=True):
+            strides = torch.empty_like(p).stride()  # dense, in p's memory format
+            place = vector.detach().as_strided(p.shape, strides, start)
+            place.copy_(p.detach())
+            p.data = place
+            self._gradients.append(vector.grad.as_strided(p.shape, strides, start))
+        return vector
+
+    def backward(self, loss: Tensor) -> None:
+        """Puts a loss's gradient into the vectors. No other parameters' gradients are computed."""
+        loss.backward(inputs=self.parameters)
+        found, places = [], []
+        for p, place in zip(self.parameters, self._gradients, strict=True):
+            if p.grad is None:  # the loss does not depend on it
+                place.zero_()
+            else:
+                found.append(p.grad)
+                places.append(place)
+                p.grad = None
+        torch._foreach_copy_(places, found)
+
+    @torch.no_grad()
+    def clip(self, largest: float) -> None:
+        """Scales the gradient down to a Euclidean norm of `largest`, if it has more."""
+        gradients = [vector.grad for group in self.param_groups for vector in group["params"]]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for g in gradients]))
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for g in gradients:
+            g.mul_(factor)
