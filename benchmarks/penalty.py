@@ -11,7 +11,6 @@ this torch can.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.points import rate
+from benchmarks.training import timed
 from diffgan_fast import nets
 from diffgan_fast.ops import gradient_penalty
 
@@ -77,15 +77,14 @@ def case(name: str, critic: nn.Module, x: Tensor, flops: int, options: Options) 
         good = error < 1e-3 and abs(float(loss) - float(want)) < 1e-4 * float(want)
         status[provider] = "ok" if good else f"RED: off by {error:.2g}"
         seconds[provider] = []
-    best = rate()
+    best = rate(x.device)
     for round_ in range(3 if options.quick else 40):
-        best = max(best, rate())
+        best = max(best, rate(x.device))
         for provider in seconds:
             for _ in range(5):
-                start = time.perf_counter()
-                call(found[provider])
+                took = timed(lambda f=found[provider]: call(f), x.device)
                 if round_:
-                    seconds[provider].append(time.perf_counter() - start)
+                    seconds[provider].append(took)
     torch._dynamo.reset()
     rows = []
     for provider, said in status.items():
@@ -103,7 +102,7 @@ def run(options: Options) -> list[dict]:
         torch._dynamo.config.trace_autograd_ops = True
     device = torch.device(options.device)
     mlp = nets.MLPCritic().to(device)
-    flops = 4 * 2 * 256 * (2 * 256 + 2 * 256 * 256 + 256) if device.type == "cpu" else 0
+    flops = 4 * 2 * 256 * (2 * 256 + 2 * 256 * 256 + 256)
     rows = case("mlp", mlp, torch.randn(256, 2, device=device), flops, options)
     dcgan = nets.DCGANCritic(3, 32, norm=None).to(device, memory_format=torch.channels_last)
     x = torch.randn(4 if options.quick else 64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)

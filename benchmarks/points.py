@@ -12,7 +12,6 @@ Floor: the products of matrices alone, in MFLOP a step, at the rate of a 256 x 2
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.functional import mse_loss
 import diffgan_fast as dgf
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
+from benchmarks.training import timed
 from diffgan_fast.engine import Feed, State
 
 T, BATCH, SAMPLES = 100, 256, 10_000
@@ -51,7 +51,7 @@ class Embedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.scale
         frequencies = torch.exp(-math.log(10000) / 63 * torch.arange(64))
-        phase = x.unsqueeze(-1) * frequencies.unsqueeze(0)
+        phase = x.unsqueeze(-1) * frequencies.to(x.device).unsqueeze(0)
         return torch.cat((torch.sin(phase), torch.cos(phase)), dim=-1)
 
 
@@ -79,18 +79,18 @@ class ReferenceDenoiser(nn.Module):
 class Reference:
     """The published procedure. `critic`: with adversarial term, `penalty`: with gradient penalty."""
 
-    def __init__(self, points: Tensor, critic: bool, penalty: bool):
-        self.penalty = penalty
-        self.denoiser = ReferenceDenoiser()
+    def __init__(self, points: Tensor, device: torch.device, critic: bool, penalty: bool):
+        self.penalty, self.device = penalty, device
+        self.denoiser = ReferenceDenoiser().to(device)
         layers = [nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-        self.critic = nn.Sequential(*layers, nn.Linear(256, 1)) if critic else None
+        self.critic = nn.Sequential(*layers, nn.Linear(256, 1)).to(device) if critic else None
         self.adam = torch.optim.AdamW(self.denoiser.parameters(), lr=3e-4)
         if self.critic is not None:
             self.critic_adam = torch.optim.AdamW(self.critic.parameters(), lr=3e-4)
         self.cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, T_max=10_000)
-        betas = torch.linspace(1e-4, 0.02, T)
+        betas = torch.linspace(1e-4, 0.02, T).to(device)
         self.abar = torch.cumprod(1 - betas, 0)
-        self.betas, self.before = betas, torch.cat((torch.ones(1), self.abar[:-1]))
+        self.betas, self.before = betas, torch.cat((torch.ones_like(betas[:1]), self.abar[:-1]))
         self.signal, self.noise = self.abar**0.5, (1 - self.abar) ** 0.5
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points), batch_size=BATCH, shuffle=True)
         self.batches = self._forever(loader)
@@ -104,8 +104,8 @@ class Reference:
                 yield x
 
     def step(self) -> None:
-        x0 = next(self.batches)
-        noise, t = torch.randn(x0.shape), torch.randint(0, T, (len(x0),)).long()
+        x0 = next(self.batches).to(self.device)
+        noise, t = torch.randn(x0.shape).to(self.device), torch.randint(0, T, (len(x0),)).long().to(self.device)
         x_t = self.signal[t].reshape(-1, 1) * x0 + self.noise[t].reshape(-1, 1) * noise
         adversarial = 0.0
         if self.critic is not None:
@@ -114,7 +114,7 @@ class Reference:
             real, fake = self.critic(x0), self.critic(x_t.detach())
             loss = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
             if self.penalty:
-                u = torch.rand(len(x0), 1)
+                u = torch.rand(len(x0), 1).to(self.device)
                 between = (u * x0 + (1 - u) * x_t).requires_grad_(True)
                 out = self.critic(between)
                 (g,) = torch.autograd.grad(out, between, torch.ones_like(out), create_graph=True, retain_graph=True)
@@ -139,9 +139,9 @@ class Reference:
 
     @torch.no_grad()
     def sample(self) -> Tensor:
-        x = torch.randn(SAMPLES, 2)
+        x = torch.randn(SAMPLES, 2, device=self.device)
         for i in range(T - 1, -1, -1):
-            t = torch.full((SAMPLES,), i).long()
+            t = torch.full((SAMPLES,), i).long().to(self.device)
             out = self.denoiser(x, t)
             x0 = self.abar[i] ** -0.5 * x - (1 / self.abar[i] - 1) ** 0.5 * out
             rest = 1 - self.abar[i]
@@ -156,13 +156,13 @@ class Reference:
 class Ours:
     """The engine's step, its feed included."""
 
-    def __init__(self, points: Tensor, **options):
+    def __init__(self, points: Tensor, device: torch.device, **options):
         kind = dgf.methods.find("gan-enhanced")
         config = kind.Config.make("gradient-penalty", **options)
         self.method = kind(config, (2,))
-        nets = self.method.networks({})
+        nets = {name: net.to(device) for name, net in self.method.networks({}).items()}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, config)
-        self.feed = Feed(dgf.data.load(points), BATCH, dgf.random.key(0), torch.device("cpu"))
+        self.feed = Feed(dgf.data.load(points), BATCH, dgf.random.key(0), device)
         self.key = dgf.random.key(0)
 
     def step(self) -> None:
@@ -174,51 +174,44 @@ class Ours:
         return self.method.sample(self.state, SAMPLES, self.key)
 
 
-def rate() -> float:
+def rate(device: torch.device) -> float:
     """Operations a second of a 256 x 256 x 256 product: the best of many."""
-    a, b, c = (torch.randn(256, 256) for _ in range(3))
-    best = math.inf
-    for _ in range(200):
-        start = time.perf_counter()
-        torch.mm(a, b, out=c)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 256**3 / best
+    a, b, c = (torch.randn(256, 256, device=device) for _ in range(3))
+    return 2 * 256**3 / min(timed(lambda: torch.mm(a, b, out=c), device) for _ in range(200))
 
 
 def run(options: Options) -> list[dict]:
     """The rows of this benchmark."""
     torch.manual_seed(0)
+    device = torch.device(options.device)
     points = dgf.data.load("moons").batch(slice(0, None))
     trained: dict[tuple[str, str], Reference | Ours] = {
-        ("plain", "reference"): Reference(points, False, False),
-        ("plain", "ours"): Ours(points, adv_weight=0.0),
-        ("adversarial", "reference"): Reference(points, True, False),
-        ("adversarial", "ours"): Ours(points, gp_weight=0.0),
-        ("penalty", "reference"): Reference(points, True, True),
-        ("penalty", "ours"): Ours(points),
-        ("penalty", "ours, as coded"): Ours(points, variant="as-coded"),
+        ("plain", "reference"): Reference(points, device, False, False),
+        ("plain", "ours"): Ours(points, device, adv_weight=0.0),
+        ("adversarial", "reference"): Reference(points, device, True, False),
+        ("adversarial", "ours"): Ours(points, device, gp_weight=0.0),
+        ("penalty", "reference"): Reference(points, device, True, True),
+        ("penalty", "ours"): Ours(points, device),
+        ("penalty", "ours, as coded"): Ours(points, device, variant="as-coded"),
     }
     rounds, steps = (2, 2) if options.quick else (20, 20)
     found: dict[tuple[str, str], list[float]] = {key: [] for key in trained}
     rates = []
     for round_ in range(rounds + 1):
-        rates.append(rate())
+        rates.append(rate(device))
         for key, arm in trained.items():
             for _ in range(steps):
-                start = time.perf_counter()
-                arm.step()
+                seconds = timed(arm.step, device)
                 if round_:
-                    found[key].append(time.perf_counter() - start)
+                    found[key].append(seconds)
     for _ in range(1 if options.quick else 3):
         for name in ("reference", "ours"):
-            start = time.perf_counter()
-            trained["plain", name].sample()
-            found.setdefault(("sampling", name), []).append(time.perf_counter() - start)
+            found.setdefault(("sampling", name), []).append(timed(trained["plain", name].sample, device))
     rows = []
     best = max(rates)
-    for (case, name), seconds in found.items():
+    for (case, name), times in found.items():
         row = {"benchmark": "points", "case": case, "shape": f"{SAMPLES if case == 'sampling' else BATCH}x2",
                "dtype": "float32", "device": options.device, "threads": options.threads, "provider": name,
-               "status": "ok", "floor_ms": FLOPS[case] / best * 1e3} | quantiles(seconds)  # fmt: skip
+               "status": "ok", "floor_ms": FLOPS[case] / best * 1e3} | quantiles(times)  # fmt: skip
         rows.append(row)
     return rows

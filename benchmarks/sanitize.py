@@ -45,6 +45,7 @@ def results(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         yield "noise_pair" + name, torch.cat(ops.noise_pair(x, t, schedule, key, first_sample=first))
         yield "ddpm_step" + name, ops.ddpm_step(x, e, t, schedule, key, first_sample=first)
         yield "noise_mse" + name, ops.noise_mse(x, key, first_sample=first)
+        yield "interpolate" + name, ops.interpolate(x, other, key, first_sample=first)
     guided = {"eps_uncond": other, "guidance_scale": 2.0, "logit_grad": grad, "logit_scale": 0.5}
     yield "ddpm_step guided", ops.ddpm_step(x, e, t, schedule, KEY, clip_x0=True, **guided)
     yield "ddim_step", ops.ddim_step(x, e, t, t - 1, schedule, KEY, eta=0.5)
@@ -57,6 +58,10 @@ def results(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield "denoising_loss", loss.detach()
     yield "denoising_loss gradient", torch.autograd.grad(loss, leaf)[0]
     yield "noise_mse gradient", torch.autograd.grad(ops.noise_mse(leaf, KEY), leaf)[0]
+    for center in (0.0, 1.0):
+        penalty = ops.norm_penalty(leaf, center)
+        yield f"norm_penalty {center}", penalty.detach()
+        yield f"norm_penalty {center} gradient", torch.autograd.grad(penalty, leaf)[0]
 
 
 def main(name: str) -> int:

@@ -32,6 +32,7 @@ CONFIGS = {
     "quadratic": "quadratic: fine-tuned, with quadratic betas (Table 4)",
     "deep-critic": "deep-critic: quadratic, with a critic of six layers (not in the paper)",
     "reaches-prior": "reaches-prior: no critic, betas that end in pure noise (ours)",
+    "reaches-prior-critic": "reaches-prior-critic: the same betas, with a critic of three layers and penalty (ours)",
 }
 # configuration -> data set -> seconds of training, evaluation loss, seconds for 10,000 samples, KL in bits
 PUBLISHED = {

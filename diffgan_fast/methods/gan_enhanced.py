@@ -112,7 +112,9 @@ class GANEnhancedConfig(DiffusionConfig):
         "quadratic": dict(LINEAR | {"schedule": "quadratic"}, critic_layers=4, critic_lr=1.5e-4),  # Table 4
         # run 5, which the paper leaves out
         "deep-critic": dict(LINEAR | {"schedule": "quadratic"}, critic_layers=6, critic_lr=1.5e-4),
+        # ours: the defaults, without and with a critic
         "reaches-prior": dict(adv_weight=0.0),
+        "reaches-prior-critic": {},
     }
     steps: int = option(10000, "training steps", low=0)
     batch_size: int = option(256, "samples a step", low=1)
