@@ -208,11 +208,12 @@ def run(kernel, count: int, *args, **named) -> None:
 
 
 def launch(kernel, device: torch.device, count: int, *args, **named) -> None:
-    """Runs `count` programs of a kernel on a device; none is no launch.
+    """Runs `count` programs of a kernel on a device; none is no launch. `named` may have other values of the options.
 
     The compiler may not fuse multiplications with additions: the kernels write every fused operation out (tl.fma), so
     that results do not depend on a version of Triton, whose default changed between 3.6 and 3.9.
     """
+    options = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
     if count:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            run(kernel, count, *args, **named, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+            run(kernel, count, *args, **options | named)

@@ -55,15 +55,21 @@ def _interpolate(
     core.store(out + at, tl.fma(u, a, (1.0 - u) * b), valid)
 
 
+@triton.jit
+def relative(norm, center):
+    """1 - center / norm, where 1 - center / 0 counts as 0, and as 1 for center 0."""
+    ratio = tl.where(norm == 0, 0.0, (norm - center) / tl.where(norm == 0, 1.0, norm))
+    return tl.where(center == 0, 1.0, ratio)
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def _gradient_norm_grad(
     x, norms, scale, each, center, out, n, sample, WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = scale each (1 - center / norm) x, where 1 - center / 0 counts as 0, and as 1 for center 0."""
+    """out = scale each (1 - center / norm) x."""
     at, valid, sample = _tile(n, sample, WHOLE, WIDE, BLOCK)
     norm = tl.load(norms + sample)
-    ratio = tl.where(norm == 0, 0.0, (norm - center) / tl.where(norm == 0, 1.0, norm))
-    factor = tl.load(scale) * each * tl.where(center == 0, 1.0, ratio)
+    factor = tl.load(scale) * each * relative(norm, center)
     core.store(out + at, factor * tl.load(x + at, mask=valid).to(tl.float32), valid)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d, linear
 
-from diffgan_fast.ops.mlp import fused, split
+from diffgan_fast.ops.mlp import penalty_op, split
 
 Penalty = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # g -> (P, v = dP/dg)
 
@@ -176,10 +176,8 @@ def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: flo
 
     def run():
         with torch.no_grad():
-            if is_mlp and fused(x, weights, biases):
-                value, flat = torch.ops.diffgan_fast.mlp_penalty(
-                    x.contiguous(), weights, biases, slopes.pop(), judged, center
-                )
+            if is_mlp and (op := penalty_op(x, weights, biases)):
+                value, flat = op(x.contiguous(), weights, biases, slopes.pop(), judged, center)
                 return value, split(flat, weights, False)
             return _four_passes(net, x, judged, penalty)
 

@@ -4,19 +4,21 @@
 
 with f a ReLU (slope 0) or LeakyReLU and the term in brackets where `skip`. In plain torch such a net is dozens of tiny
 ops; the C++ form takes blocks of rows through all layers while they stay in a core's cache. There is one only for the
-CPU, where a torch whose BLAS can be called from C++ is needed; else the plain form runs.
+CPU, where a torch whose BLAS can be called from C++ is needed; else the plain form runs. The gradient penalty has a
+Triton form too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import leaky_relu, linear, relu
 
 from diffgan_fast._native import LIBRARY
-from diffgan_fast.backends import resolve
+from diffgan_fast.backends import resolve, unavailable
 from diffgan_fast.ops import support
 
 _NET = "Tensor[] weights, Tensor[] biases, float slope"
@@ -25,9 +27,17 @@ LIBRARY.define(
     "mlp_backward(Tensor grad, Tensor x, Tensor hidden, Tensor[] weights, float slope, bool skip, bool want_x, "
     "bool want_parameters) -> (Tensor, Tensor)"
 )
-LIBRARY.define(f"mlp_penalty(Tensor x, {_NET}, int judged, float center) -> (Tensor, Tensor)")
+for _suffix in ("", "_triton"):
+    LIBRARY.define(f"mlp_penalty{_suffix}(Tensor x, {_NET}, int judged, float center) -> (Tensor, Tensor)")
 _RAW = torch.ops.diffgan_fast
 _EXISTS = torch._C._dispatch_has_kernel_for_dispatch_key("diffgan_fast::mlp", "CPU")
+
+
+def _penalty_triton(*args):
+    return importlib.import_module("diffgan_fast.kernels.mlp").mlp_penalty(*args)
+
+
+LIBRARY.impl("mlp_penalty_triton", _penalty_triton, "CompositeExplicitAutograd")
 
 
 def _plain(x, weights, biases, slope, skip):
@@ -38,21 +48,40 @@ def _plain(x, weights, biases, slope, skip):
     return linear(relu(z) if slope == 0 else leaky_relu(z, slope), weights[-1], biases[-1])
 
 
-def fused(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> bool:
-    """Whether the C++ form takes these: on the CPU, float32 or float64 throughout, hidden layers of one width."""
+def _regular(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> bool:
+    """Whether all is of one type and device, with hidden layers of one width, and torch only wants the numbers."""
     return (
-        _EXISTS
-        and x.dim() == 2
-        and x.dtype in (torch.float32, torch.float64)
+        x.dim() == 2
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
-        and resolve(x.device.type) == "cpu"
+        and not torch.is_autocast_enabled(x.device.type)
         and all(b is not None and b.dtype == x.dtype for b in biases)
         and all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in weights)
         and len({len(w) for w in weights[:-1]}) == 1
     )
+
+
+def fused(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> bool:
+    """Whether the C++ form takes these: on the CPU, float32 or float64 throughout, hidden layers of one width."""
+    return (
+        _EXISTS
+        and x.dtype in (torch.float32, torch.float64)
+        and resolve(x.device.type) == "cpu"
+        and _regular(x, weights, biases)
+    )
+
+
+def penalty_op(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> Callable | None:
+    """The op `mlp_penalty` that takes these, or None: C++ where `fused`; Triton, for float32, where CUDA C++ is too."""
+    if fused(x, weights, biases):
+        return _RAW.mlp_penalty.default
+    name = resolve(x.device.type)
+    if name in ("triton", "cuda") and x.dtype == torch.float32 and _regular(x, weights, biases):
+        return _RAW.mlp_penalty_triton.default if unavailable("triton") is None else None
+    return None
 
 
 class _MLP(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from diffgan_fast.kernels import core, loss, noise, penalty, random, step
+from diffgan_fast.kernels import core, loss, mlp, noise, penalty, random, step
 
 
 class Driver:
@@ -75,6 +75,12 @@ def calls():
         yield "residual", lambda x=x: loss.residual(x, None, rows[3], None, 0, torch.ones(()), 7, None, 0)
         yield "normal", lambda x=x: random.random_(x, 7, None, 0, 0, 2, 0)
         yield "integers", lambda: random.random_(keys, 7, None, 0, 0, 3, 10)
+        for hidden, depth, inputs in ((256, 3, 2), (256, 1, 200), (33, 2, 5)):
+            widths = [inputs, *[hidden] * depth, 1]
+            weights = [torch.zeros(b, a) for a, b in zip(widths, widths[1:], strict=False)]
+            net = torch.zeros(n, inputs), weights, [torch.zeros(len(w)) for w in weights]
+            call = functools.partial(mlp.mlp_penalty, *net, 0.2, inputs, 1.0)
+            yield f"mlp_penalty {hidden} {inputs}", call
         yield "philox4x32", lambda: random.philox4x32(torch.zeros(8, 4).long(), torch.zeros(8, 2).long())
 
 

@@ -8,7 +8,7 @@ import torch
 from diffgan_fast import _philox
 
 pytest.importorskip("triton", reason="triton is not installed")
-from diffgan_fast.kernels import loss, noise, penalty, random, step  # noqa: E402
+from diffgan_fast.kernels import loss, mlp, noise, penalty, random, step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BITS, UNIFORM, NORMAL, INTEGERS = range(4)
@@ -25,6 +25,12 @@ def draw(n, kind, first=0, *, key=KEY, key_t=None, stream=0, high=2**32, dtype=N
 
 def table(*rows):
     return torch.tensor(rows, dtype=torch.float32, device=DEVICE)
+
+
+def net(*widths):
+    """Weights and biases of a fully connected network."""
+    pairs = list(zip(widths, widths[1:], strict=False))
+    return [torch.randn(b, a, device=DEVICE) for a, b in pairs], [torch.randn(b, device=DEVICE) for _, b in pairs]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,8 @@ def test_empty_tensors():
     assert loss.residual_mean(x, None, rows, None, 0, False, KEY, None, 0)[0].isnan()  # as torch's mean of nothing
     mean, norms = penalty.gradient_norm(x, 1.0)
     assert mean.isnan() and norms.shape == (0,) and penalty.interpolate(x, x, KEY, None, 0).shape == (0, 3)
+    mean, flat = mlp.mlp_penalty(x, *net(3, 8, 8, 1), 0.2, 3, 1.0)
+    assert mean.isnan() and flat.shape == (24 + 64 + 8,) and not flat.any()
 
 
 def test_float64_is_refused_by_name():
@@ -145,6 +153,7 @@ def test_float64_is_refused_by_name():
         lambda: penalty.gradient_norm(x, 1.0),
         lambda: penalty.gradient_norm_grad(x, one, one, 1.0),
         lambda: draw(4, NORMAL, dtype=torch.float64),
+        lambda: mlp.mlp_penalty(x, *net(4, 8, 1), 0.2, 4, 1.0),
     ):
         with pytest.raises(ValueError, match="torch.float64"):
             call()
@@ -161,3 +170,31 @@ def test_layouts_that_differ_or_have_gaps_are_refused():
         penalty.gradient_norm(x[:, :, ::2], 1.0)
     with pytest.raises(ValueError, match="strides"):
         noise.add_noise(x[:, :, ::2], rows[:, :2].contiguous(), None, 0, 1.0, KEY, None, 0, False)
+
+
+def test_layers_that_do_not_fit_are_refused():
+    x = torch.zeros(2, 3, device=DEVICE)
+    for widths, judged in (((4, 8, 1), 3), ((3, 8, 7, 1), 3)):
+        with pytest.raises(ValueError, match="the layers do not fit"):
+            mlp.mlp_penalty(x, *net(*widths), 0.2, judged, 1.0)
+    for v, judged in ((x, 4), (x, 0), (x[:, :2], 2)):
+        with pytest.raises(ValueError, match="expected a contiguous"):
+            mlp.mlp_penalty(v, *net(3, 8, 1), 0.2, judged, 1.0)
+
+
+# a program takes 16 rows, and 256 outputs and 16 inputs of a layer at a time
+@pytest.mark.parametrize("widths", [(1, 1, 1), (17, 300, 300, 2), (270, 5, 1)])
+def test_mlp_penalty_does_not_depend_on_how_tiles_cut_the_layers(widths):
+    weights, biases = net(*widths)
+    x = torch.randn(19, widths[0], device=DEVICE)
+    mean, flat = mlp.mlp_penalty(x, weights, biases, 0.1, widths[0], 0.5)
+    x, leaves = x.double().requires_grad_(), [w.double().requires_grad_() for w in weights]
+    y = x @ leaves[0].t() + biases[0]
+    for w, b in zip(leaves[1:], biases[1:], strict=True):
+        y = torch.where(y > 0, y, 0.1 * y) @ w.t() + b
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    want = ((g.square().sum(1).sqrt() - 0.5) ** 2).mean()
+    expected = torch.autograd.grad(want, leaves)
+    torch.testing.assert_close(mean.double(), want.detach(), rtol=1e-5, atol=0)
+    for got, e in zip(flat.split([w.numel() for w in leaves]), expected, strict=True):
+        assert (got.view_as(e) - e).abs().max() <= 1e-5 * e.abs().max()

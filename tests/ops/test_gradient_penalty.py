@@ -1,5 +1,7 @@
 """gradient_penalty and r1_penalty: every mode against float64 autograd written here."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import diffgan_fast as dgf
 from diffgan_fast import nets
 from diffgan_fast.ops import gradient_penalty, r1_penalty
+from diffgan_fast.ops.mlp import penalty_op
 from tests.ops import oracle
 
 KEY = 11
@@ -284,3 +287,52 @@ def test_the_backends_agree():
     with dgf.backend("reference"):
         want = gradient_penalty(critic, real, fake, KEY)
     torch.testing.assert_close(gradient_penalty(critic, real, fake, KEY), want)
+
+
+class Joined(nn.Module):
+    """An MLP that sees `more` beside x, where there is any."""
+
+    def __init__(self, hidden, layers, outputs, more, slope):
+        super().__init__()
+        widths = [2 + more, *[hidden] * layers, outputs]
+        parts = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.LeakyReLU(slope), nn.Linear(a, b))]
+        self.main = nn.Sequential(*parts[1:])
+
+    def join(self, x, more):
+        return torch.cat((x, more), 1)
+
+    def forward(self, x, more):
+        return self.main(self.join(x, more))
+
+
+@pytest.mark.parametrize(
+    "hidden, layers, outputs, more, rows",
+    [(16, 1, 1, 0, 5), (33, 3, 3, 20, 37), (256, 1, 3, 0, 16), (256, 3, 1, 3, 17)],
+)
+@pytest.mark.parametrize("center, slope", [(0.0, 0.0), (0.0, 0.2), (1.0, 0.0), (1.0, 0.2)])
+def test_mlp_critics_in_float32_on_every_back_end(backend, hidden, layers, outputs, more, rows, center, slope):
+    critic = Joined(hidden, layers, outputs, more, slope)
+    real, fake, more = torch.randn(rows, 2), torch.randn(rows, 2), torch.randn(rows, more)
+    wide = copy.deepcopy(critic).double()
+    want, expected = by_autograd(wide, between(real, fake).double(), center, more=more.double())
+    critic, real, fake, more = (v.to(backend.device) for v in (critic, real, fake, more))
+    linears = critic.main[::2]
+    op = penalty_op(critic.join(real, more), [m.weight for m in linears], [m.bias for m in linears])
+    if backend.name == "triton":
+        assert op is torch.ops.diffgan_fast.mlp_penalty_triton.default
+    got = gradient_penalty(critic, real, fake, KEY, center=center, mode="closed", more=more)
+    gradients = torch.autograd.grad(got, list(critic.parameters()), allow_unused=True)
+    assert abs(float(got.detach()) - float(want.detach())) <= 1e-5 * float(want.detach())
+    agree([g if g is None else g.cpu() for g in gradients], expected, 1e-5)
+
+
+@pytest.mark.parametrize("center", [1.0, 0.0])
+def test_an_mlp_critic_without_gradient_on_every_back_end(backend, center):
+    critic = nets.MLPCritic(2, 16).to(backend.device)
+    for p in critic.parameters():
+        nn.init.zeros_(p)
+    x = torch.randn(5, 2, device=backend.device)
+    got = gradient_penalty(critic, x, -x, KEY, center=center, mode="closed")
+    gradients = torch.autograd.grad(got, list(critic.parameters()), allow_unused=True)
+    assert float(got.detach()) == center
+    assert all(g is None or not g.any() for g in gradients)
