@@ -37,7 +37,7 @@ def generator_loss(
 ) -> torch.Tensor:
     """What the judged network minimises: a scalar. "nonsaturating" is -log D(fake), "saturating" log(1 - D(fake)).
 
-    `weight`, of fake's shape, weighs the samples.
+    `weight` [N] weighs the samples. ValueError if there is not one for each.
     """
     _check(kind)
     if kind == "nonsaturating":
@@ -48,4 +48,8 @@ def generator_loss(
         each = 0.5 * (fake - 1).square()
     else:
         each = -fake
-    return (each if weight is None else weight * each).mean()
+    if weight is not None:
+        if weight.shape != each.shape[:1]:
+            raise ValueError(f"weight must be [N] = [{len(each)}], got {list(weight.shape)}")
+        each = weight.view(-1, *[1] * (each.dim() - 1)) * each
+    return each.mean()

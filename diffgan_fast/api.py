@@ -110,6 +110,8 @@ def train(
     elif not checkpoint.steps(folder):
         checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     loop.run()
+    for optimizer in state.optimizers.values():
+        optimizer.release()  # networks that were given are their owner's again
     _save_picture(run, train_data, state.step)
     key = random.fold_in(random.key(seed), "diagnose")
     if train_data.shape[0] in (1, 3) and not train_data.points:

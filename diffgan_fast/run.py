@@ -138,12 +138,12 @@ class Run:
         checkpoint.write_text(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
 
-    def evaluated(self, n: int = 2000) -> dict[str, Any]:
-        """What `evaluate(n)` gives: read from evaluation.json if that is of this step and of n samples."""
+    def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
+        """What `evaluate(n, seed=seed)` gives: read from evaluation.json if that is of this step, n and seed."""
         path = self.path / "evaluation.json"
         stored = json.loads(path.read_text()) if path.exists() else {}
-        known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, 1)
-        return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n)
+        known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
+        return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n, seed=seed)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:
         """Writes the sampling network's weights as one safetensors file for plain torch.

@@ -47,3 +47,12 @@ def test_extreme_logits_stay_finite_with_gradients():
 def test_unknown_losses_are_named():
     with pytest.raises(ValueError, match="gan_loss must be one of nonsaturating"):
         critic_loss(REAL, FAKE, "bce")
+
+
+def test_weights_of_samples_do_not_mix_them():
+    weight, fake = torch.tensor([0.0, 1.0, 2.0]), torch.randn(3, 1)
+    want = (weight * torch.nn.functional.softplus(-fake[:, 0])).mean()
+    for logits in (fake, fake[:, 0]):
+        torch.testing.assert_close(generator_loss(logits, weight=weight), want)
+    with pytest.raises(ValueError, match=r"weight must be \[N\] = \[3\]"):
+        generator_loss(fake, weight=weight[:2])

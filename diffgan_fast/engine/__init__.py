@@ -5,7 +5,7 @@ from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.optim import FlatAdamW
-from diffgan_fast.engine.state import State, evaluating, frozen
+from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch
 
 __all__ = [
     "Batch",
@@ -18,5 +18,6 @@ __all__ = [
     "TrainingError",
     "evaluating",
     "frozen",
+    "measures_batch",
     "option",
 ]

@@ -33,7 +33,8 @@ def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
     weights, moments = _tensors(state)
     for name, tensors in (("model", weights), ("optim", moments)):
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
-    facts = {"step": state.step, "updates": state.updates, **extra}
+    trained = {name: optimizer.names for name, optimizer in state.optimizers.items()}
+    facts = {"step": state.step, "updates": state.updates, "trained": trained, **extra}
     write_text(part / "state.json", json.dumps(facts, indent=1) + "\n")
     for file in part.iterdir():
         with open(file, "rb") as f:
@@ -78,6 +79,10 @@ def load(folder: Path, state: State) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{folder} has no checkpoint")
     path = folder / "checkpoints" / f"step-{found[-1]}"
+    facts = json.loads((path / "state.json").read_text())
+    for name, optimizer in state.optimizers.items():
+        if optimizer.names != facts["trained"].get(name):
+            raise ValueError(f"{path} does not fit network {name!r}: other parameters of it were trainable")
     weights, moments = load_file(path / "model.safetensors"), load_file(path / "optim.safetensors")
     for kind, modules in (("net", state.nets), ("ema", state.ema)):
         for name, module in modules.items():
@@ -94,7 +99,6 @@ def load(folder: Path, state: State) -> dict[str, Any]:
             if owner == name:
                 stored.setdefault(int(number), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": stored})
-    facts = json.loads((path / "state.json").read_text())
     state.step = facts["step"]
     state.updates.update(facts["updates"])
     return facts

@@ -33,7 +33,7 @@ class TrainConfig:
     clip_grad: float = option(0.0, "largest norm of the generating network's gradient (0: no limit)", low=0)
     ema: float = option(
         0.999,
-        "decay of the averaged weights that sampling uses, reached over some thousand updates (0: none)",
+        "decay of the averaged weights that sampling uses, after k updates at most 1 - (1 + k)^(-2/3) (0: none)",
         low=0,
         high=1,
     )

@@ -26,6 +26,8 @@ class Feed:
         flip: bool = False,
         channels_last: bool = False,
     ):
+        if flip and data.points:
+            raise ValueError("flip must be False: points are not mirrored")
         self.data, self.batch_size, self.device = data.to(device), batch_size, device
         self._key, self._flip = random.fold_in(seed_key, "order"), flip
         self._channels_last = channels_last and len(data.shape) == 3

@@ -20,12 +20,17 @@ class FlatAdamW(torch.optim.AdamW):
     Args:
         module: on its device; moving it afterwards cuts it off from the optimiser.
         lr, betas, weight_decay: as for `torch.optim.AdamW`.
+
+    Raises: ValueError if no parameter of the module is trainable.
     """
 
     def __init__(
         self, module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
     ):
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError(f"{type(module).__name__} has no parameter that requires gradients")
+        self.names, self.parameters = list(named), list(named.values())
         self._gradients: list[Tensor] = []
         dtypes = dict.fromkeys(p.dtype for p in self.parameters)
         vectors = [self._flatten([p for p in self.parameters if p.dtype == dtype]) for dtype in dtypes]
@@ -49,6 +54,11 @@ class FlatAdamW(torch.optim.AdamW):
 
     def backward(self, loss: Tensor) -> None:
         """Puts a loss's gradient into the vectors. No other parameters' gradients are computed."""
+        vector = self.param_groups[0]["params"][0]
+        if self.parameters[0].untyped_storage().data_ptr() != vector.untyped_storage().data_ptr():
+            raise RuntimeError("the module was moved or cast after its optimiser was made: it would not train")
+        for p in self.parameters:
+            p.grad = None
         loss.backward(inputs=self.parameters)
         found, places = [], []
         for p, place in zip(self.parameters, self._gradients, strict=True):
@@ -58,7 +68,17 @@ class FlatAdamW(torch.optim.AdamW):
                 found.append(p.grad)
                 places.append(place)
                 p.grad = None
-        torch._foreach_copy_(places, found)
+        if found:
+            torch._foreach_copy_(places, found)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zeroes the gradient in place: the vectors' gradients are what `backward` fills."""
+        super().zero_grad(set_to_none=False)
+
+    def release(self) -> None:
+        """Gives every parameter memory of its own again, once training is over."""
+        for p in self.parameters:
+            p.data = p.data.clone()
 
     @torch.no_grad()
     def clip(self, largest: float) -> None:

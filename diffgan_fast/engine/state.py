@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffgan_fast.engine.config import TrainConfig
 from diffgan_fast.engine.optim import FlatAdamW
@@ -111,3 +112,9 @@ def frozen(module: object) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
+
+
+def measures_batch(module: object) -> bool:
+    """Whether a module normalises by the batch that it is given: its output for a sample depends on the others."""
+    layers = module.modules() if isinstance(module, nn.Module) else ()
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_var is None) for m in layers)

@@ -49,7 +49,7 @@ class DDPM(DiffusionMethod):
     name, help, Config = "ddpm", "denoising diffusion: the base that the fine-tuning methods start from", Config
 
     def networks(self, given):
-        return {"denoiser": given.get("denoiser") or self.make_denoiser()}
+        return {"denoiser": given["denoiser"] if "denoiser" in given else self.make_denoiser()}
 
     def optimizers(self, nets):
         return {"denoiser": FlatAdamW(nets["denoiser"], self.config.lr)}

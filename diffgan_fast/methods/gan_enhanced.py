@@ -19,7 +19,7 @@ import torch
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
-from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, measures_batch, option
 from diffgan_fast.methods.diffusion import DiffusionConfig, DiffusionMethod, noise_levels, reconstruction
 from diffgan_fast.ops import add_noise, denoising_loss, gradient_penalty, posterior_step, support
 from diffgan_fast.ops.step import Variance
@@ -54,8 +54,7 @@ def losses(
 
     Args:
         denoiser: its output at (x_t, t) is what `prediction` says.
-        critic: logits [N] = critic(x, t=t, x_t=x_t); it takes of t and x_t what it wants. Real and fake samples go in
-            as one batch. None: plain diffusion.
+        critic: logits [N] = critic(x, t=t, x_t=x_t); it takes of t and x_t what it wants. None: plain diffusion.
         x0, t, schedule, first_sample: as for `ops.add_noise`; t in 1..T.
         key: of the step; x_t has the noise of `fold_in(key, "noise")`.
         variant, judged, gan_loss, adv_weight, gp_weight, snr_weight: as the options of the method.
@@ -79,8 +78,12 @@ def losses(
                 posterior_step(x, x_t, t, schedule, random.fold_in(key, name), first_sample=first_sample)
                 for name, x in (("real", real), ("fake", fake))
             )
-    both = critic(torch.cat((real, fake.detach())), t=torch.cat((t, t)), x_t=torch.cat((x_t, x_t)))
-    loss = critic_loss(both[: len(x0)], both[len(x0) :], gan_loss)
+    if measures_batch(critic):  # in one batch, batch norm would mix the statistics of real and fake samples
+        on_real, on_fake = (critic(x, t=t, x_t=x_t) for x in (real, fake.detach()))
+    else:
+        both = critic(torch.cat((real, fake.detach())), t=torch.cat((t, t)), x_t=torch.cat((x_t, x_t)))
+        on_real, on_fake = both.split(len(x0))
+    loss = critic_loss(on_real, on_fake, gan_loss)
     if gp_weight:
         between = random.fold_in(key, "between")
         penalty = gradient_penalty(critic, real, fake, between, first_sample=first_sample, t=t, x_t=x_t)
@@ -153,9 +156,12 @@ class GANEnhanced(DiffusionMethod):
     config: GANEnhancedConfig
 
     def networks(self, given):
-        c, found = self.config, {"denoiser": given.get("denoiser") or self.make_denoiser()}
+        c = self.config
+        if "critic" in given and c.adv_weight == 0:
+            raise ValueError("critic must not be given with adv_weight=0: nothing would use it")
+        found = {"denoiser": given["denoiser"] if "denoiser" in given else self.make_denoiser()}
         if c.adv_weight > 0:
-            found["critic"] = given.get("critic") or self._make_critic()
+            found["critic"] = given["critic"] if "critic" in given else self._make_critic()
         return found
 
     def _make_critic(self):

@@ -99,16 +99,24 @@ class NoiseCritic(DiffusionMethod):
 
     def networks(self, given):
         inputs = ("x", *(i for i in ("x_t", "t") if i in self.config.inputs.split(",")))
+        if self.points:
+            raise ValueError(
+                f"data must be images [N, C, S, S] for method {self.name!r}, got points {list(self.shape)}"
+            )
         channels, size, _ = self.shape
-        critic = given.get("critic") or nets.DCGANCritic(
-            channels,
-            size,
-            width=self.config.critic_width,
-            inputs=inputs,
-            T=self.schedule.T,
-            init=self.config.critic_init,
+        critic = (
+            given["critic"]
+            if "critic" in given
+            else nets.DCGANCritic(
+                channels,
+                size,
+                width=self.config.critic_width,
+                inputs=inputs,
+                T=self.schedule.T,
+                init=self.config.critic_init,
+            )
         )
-        return {"denoiser": given.get("denoiser") or self.make_denoiser(), "critic": critic}
+        return {"denoiser": given["denoiser"] if "denoiser" in given else self.make_denoiser(), "critic": critic}
 
     def optimizers(self, nets):
         return {

@@ -1,7 +1,7 @@
 """Networks: denoisers `model(x, t, y=None) -> ε̂`, critics `critic(x, …) -> logits`, generators."""
 
 from .adapters import from_diffusers
-from .critic import Critic
+from .critic import Critic, is_main_of_join
 from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
 from .embedding import sinusoidal
 from .mlp import MLPCritic, MLPDenoiser
@@ -18,5 +18,6 @@ __all__ = [
     "UNet",
     "from_diffusers",
     "init_dcgan",
+    "is_main_of_join",
     "sinusoidal",
 ]

@@ -8,6 +8,12 @@ from .embedding import time_fraction
 INPUTS = (("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t"))
 
 
+def is_main_of_join(forward):
+    """Marks the `forward` of a critic whose logits are main(join(x, t, x_t)): see `ops.gradient_penalty`."""
+    forward.is_main_of_join = True
+    return forward
+
+
 class Critic(nn.Module):
     """Base of the critics: logits = main(join(x, t, x_t)).
 

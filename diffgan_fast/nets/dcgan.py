@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images
-from .critic import Critic
+from .critic import Critic, is_main_of_join
 
 
 def init_dcgan(network: nn.Module) -> None:
@@ -77,6 +77,7 @@ class DCGANCritic(Critic):
         if init == "dcgan":
             init_dcgan(self)
 
+    @is_main_of_join
     def forward(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
         """The logits, high where the critic believes that `x` is real.
 

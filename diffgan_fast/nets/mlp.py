@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffgan_fast.ops.mlp import mlp
 
 from .checks import check_at_least
-from .critic import Critic
+from .critic import Critic, is_main_of_join
 from .embedding import sinusoidal
 
 EMBEDDING = 128  # numbers that each coordinate and the time become
@@ -113,6 +113,7 @@ class MLPCritic(Critic):
             here = hidden
         self.main = nn.Sequential(*stack, nn.Linear(here, 1))
 
+    @is_main_of_join
     def forward(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
         """The logits, high where the critic believes that `x` is real.
 

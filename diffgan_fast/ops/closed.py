@@ -23,15 +23,21 @@ from diffgan_fast.ops.mlp import penalty_op, split
 Penalty = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # g -> (P, v = dP/dg)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def reason_against(net: nn.Module) -> str | None:
     """Why the closed form does not take a network, or None if it does."""
     if not isinstance(net, nn.Sequential):
         return f"{type(net).__name__} is no nn.Sequential (nor a critic with one as `main` and a `join`)"
+    if type(net).forward is not nn.Sequential.forward or has_hooks(net):
+        return f"{type(net).__name__} has a forward or hooks of its own"
     for name, layer in net.named_children():
         what = f"layer {name!r} ({type(layer).__name__})"
         if type(layer) not in _LAYERS:
             return f"{what} is none of {', '.join(kind.__name__ for kind in _LAYERS)}"
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        if has_hooks(layer):
             return f"{what} has hooks"
         if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_var is None):
             return f"{what} normalises by the batch: call eval() on it"
@@ -146,18 +152,18 @@ def check_first_order(mode: str) -> None:
 
 
 class _Closed(torch.autograd.Function):
-    """The gradients are known when the value is."""
+    """A value whose gradients, `products`, are known already. `tensors`: the products, then what they belong to."""
 
     @staticmethod
-    def forward(ctx, value_and_products, *weights):
-        value, products = value_and_products()
-        ctx.save_for_backward(*products)
-        return value
+    def forward(ctx, value, count, *tensors):
+        ctx.save_for_backward(*tensors[:count])
+        return value.clone()
 
     @staticmethod
     def backward(ctx, grad):
         check_first_order("closed")
-        return None, *(p * grad for p in ctx.saved_tensors)
+        products = ctx.saved_tensors
+        return None, None, *([None] * len(products)), *(p * grad for p in products)
 
 
 def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: float, penalty: Penalty) -> torch.Tensor:
@@ -174,11 +180,10 @@ def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: flo
         and len(net) == len(linears) + len(activations) == 2 * len(linears) - 1
     )
 
-    def run():
-        with torch.no_grad():
-            if is_mlp and (op := penalty_op(x, weights, biases)):
-                value, flat = op(x.contiguous(), weights, biases, slopes.pop(), judged, center)
-                return value, split(flat, weights, False)
-            return _four_passes(net, x, judged, penalty)
-
-    return _Closed.apply(run, *weights)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if is_mlp and (op := penalty_op(x, weights, biases)):
+            value, flat = op(x.contiguous(), weights, biases, slopes.pop(), judged, center)
+            products = split(flat, weights, False)
+        else:
+            value, products = _four_passes(net, x, judged, penalty)
+    return _Closed.apply(value, len(products), *products, *weights)

@@ -56,7 +56,7 @@ def _regular(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled(x.device.type)
-        and all(b is not None and b.dtype == x.dtype for b in biases)
+        and all(b is not None and b.dtype == x.dtype and b.device == x.device and b.is_contiguous() for b in biases)
         and all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in weights)
         and len({len(w) for w in weights[:-1]}) == 1
     )

@@ -15,8 +15,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffgan_fast import _philox
 from diffgan_fast.ops import closed, support
@@ -68,9 +71,9 @@ def _norm_grad_reference(g, norms, scale, center):
 def _differentiable_grad(g: torch.Tensor, scale: torch.Tensor, center: float) -> torch.Tensor:
     """The gradient of P times `scale`, in the type of the arithmetic, as a function of g: no NaN at g = 0."""
     g = g.to(_wide(g))
-    squares = _squares(g)
+    squares = _squares(g.double())  # those of a float32 can be too large or too small for one
     zero = squares == 0
-    norms = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    norms = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0).to(g.dtype)
     return _norm_grad_reference(g, norms, scale, center)
 
 
@@ -240,7 +243,7 @@ def gradient_penalty(
             "forward": one backward, one forward-mode pass, one backward; for layers without a double backward. First
             order. It does not take layers whose forward-mode rule is wrong (layer norm, and batch or instance norm
             that measures its input) nor spectral norm in training.
-            "auto": closed where it applies, else double.
+            "auto": closed where it applies, else double; double inside `torch.compile`.
         cond: what else the critic takes; constants for gradients.
 
     Returns: a scalar of at least float32.
@@ -266,12 +269,10 @@ def _penalty(critic, x, center, mode, cond):
     _check_center(center)
     critic = getattr(critic, "_orig_mod", critic)  # a compiled module has no double backward: its original has
     _refuse(critic, mode)
-    if mode in ("closed", "auto"):
-        net = getattr(critic, "main", critic)
-        reason = closed.reason_against(net)
-        if reason is None and net is not critic and not hasattr(critic, "join"):
-            reason = f"{type(critic).__name__} has a `main`, but no `join` that says what it sees"
-        if reason is None:
+    cond = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in cond.items()}
+    if mode == "closed" or (mode == "auto" and not torch.compiler.is_compiling()):
+        net, reason = _in_closed_form(critic, mode, cond)
+        if net is not None:
             joined = x if net is critic else critic.join(x, **cond)
             return closed.closed_penalty(net, joined, x.shape[1], center, lambda g: _value_and_derivative(g, center))
         if mode == "closed":
@@ -286,6 +287,26 @@ def _value_and_derivative(g: torch.Tensor, center: float) -> tuple[torch.Tensor,
     return value, _GRADIENT_NORM_GRAD.on(g.device.type)(g, norms, torch.ones_like(value), center)
 
 
+def _in_closed_form(critic, mode, cond) -> tuple[torch.nn.Sequential | None, str | None]:
+    """The network that a critic's logits come from, or None and why the closed form does not apply.
+
+    A critic with `main` and `join` must say that its logits are main(join(x, …)): its `forward` carries the mark of
+    `nets.Critic`, which one that overrides it does not. Mode "closed" takes the caller's word for it.
+    """
+    net = getattr(critic, "main", critic)
+    reason = closed.reason_against(net)
+    if reason is None and net is critic and cond:
+        reason = f"an nn.Sequential takes no {', '.join(cond)}"
+    if reason is None and net is not critic:
+        if not hasattr(critic, "join"):
+            reason = f"{type(critic).__name__} has a `main`, but no `join` that says what it sees"
+        elif closed.has_hooks(critic):
+            reason = f"{type(critic).__name__} has hooks"
+        elif mode == "auto" and not getattr(type(critic).forward, "is_main_of_join", False):
+            reason = f"{type(critic).__name__} has a forward of its own"
+    return (net, None) if reason is None else (None, reason)
+
+
 def _refuse(critic, mode) -> None:
     for name, layer in critic.named_modules() if isinstance(critic, torch.nn.Module) else ():
         measures = layer.training or getattr(layer, "running_var", 0) is None  # its input, not fixed statistics
@@ -297,7 +318,10 @@ def _refuse(critic, mode) -> None:
         inexact = (torch.nn.LayerNorm, torch.nn.GroupNorm, *([_InstanceNorm] if measures else []))
         if isinstance(layer, inexact):
             raise ValueError(f"mode 'forward': torch's forward-mode rule of {what} is not exact")
-        if layer.training and isinstance(layer, _SpectralNorm):
+        if layer.training and isinstance(layer, _DropoutNd):
+            raise ValueError(f"mode 'forward': {what} draws another mask in every call; put it in eval mode")
+        old_spectral = any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values())
+        if layer.training and (old_spectral or isinstance(layer, _SpectralNorm)):
             raise ValueError(f"mode 'forward': {what} changes its estimate in every call; put it in eval mode")
 
 
@@ -309,6 +333,19 @@ def _double(critic, x, center, cond):
             x.requires_grad_()
             (g,) = torch.autograd.grad(critic(x, **cond).sum(), x, create_graph=True)
     return norm_penalty(g, center)
+
+
+class _RefuseInexact(TorchDispatchMode):
+    """Stops at functional calls whose forward-mode rule is not exact, or that draw a mask."""
+
+    _NEVER = ("native_layer_norm", "native_group_norm", "native_dropout", "bernoulli", "bernoulli_")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        if name in self._NEVER or ("batch_norm" in name and (bound.get("training") or bound.get("use_input_stats"))):
+            raise ValueError(f"mode 'forward' does not take this critic: it calls {name}, whose rule is not exact")
+        return func(*args, **(kwargs or {}))
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -330,7 +367,7 @@ def _forward(critic, x, center, cond):
         x = x.detach().requires_grad_()
         (g,) = torch.autograd.grad(critic(x, **cond).sum(), x)
         value, v = _value_and_derivative(g, center)
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), _RefuseInexact():
             tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), v), **cond)).tangent
         # <v, g> has the penalty's gradient, for v constant
         return _FirstOrder.apply(tangent.sum(), value)

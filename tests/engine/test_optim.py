@@ -80,6 +80,32 @@ def test_other_gradients_are_left_alone():
     assert all(p.grad is None for p in [*other.parameters(), *net.parameters()])
 
 
+def test_gradients_from_before_and_zero_grad_do_not_matter():
+    net, x = Net(), torch.randn(2, 3, 6, 6)
+    flat = FlatAdamW(net, 1e-3)
+    flat.backward(net(x).sum())
+    want = [g.clone() for g in flat._gradients]
+    flat.zero_grad(set_to_none=True)
+    assert all(not g.any() for g in flat._gradients)
+    net(x).sum().backward()  # gradients of another loop, left behind
+    flat.backward(net(x).sum())
+    for got, expected in zip(flat._gradients, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    flat.backward(torch.zeros((), requires_grad=True))  # a loss that has nothing to do with the network
+    assert all(not g.any() for g in flat._gradients)
+
+
+def test_a_module_that_was_moved_is_noticed_and_a_released_one_is_its_owners():
+    net = Net()
+    flat = FlatAdamW(net, 1e-3)
+    before = [p.clone() for p in net.parameters()]
+    flat.release()
+    assert len({p.untyped_storage().data_ptr() for p in net.parameters()}) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="moved or cast"):
+        flat.backward(net(torch.randn(2, 3, 6, 6)).sum())
+
+
 def test_a_module_without_trainable_parameters_is_refused():
-    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+    with pytest.raises(ValueError, match="ReLU has no parameter that requires gradients"):
         FlatAdamW(nn.ReLU(), 1e-3)

@@ -148,3 +148,33 @@ def test_data_of_another_kind_are_refused(tmp_path):
         dgf.train("ddpm", torch.rand(8, 1, 8, 8), tmp_path / "a", network="mlp", progress=False)
     with pytest.raises(ValueError, match="data must be square images"):
         dgf.train("ddpm", torch.rand(8, 2), tmp_path / "b", network="unet", progress=False)
+
+
+def test_a_critic_with_batch_norm_sees_real_and_fake_apart():
+    denoiser, _, x0, t = case()
+    critic, seen = (
+        torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double(),
+        [],
+    )
+    critic.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    told = type("Told", (torch.nn.Module,), {"forward": lambda self, x, **_: self.net(x)})()
+    told.net = critic
+    gan_enhanced.losses(denoiser, told, x0, t, S, 7, gp_weight=0)
+    assert seen == [8, 8]
+
+
+def test_a_critic_that_nothing_would_use_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="critic must not be given with adv_weight=0"):
+        dgf.train("gan-enhanced", torch.randn(64, 2), tmp_path / "r", critic=nets.MLPCritic(), adv_weight=0.0, **SMALL)
+
+
+def test_other_trainable_parameters_cannot_be_resumed(tmp_path):
+    def net(frozen):
+        model = nets.MLPDenoiser(hidden=8)
+        model.layers[1].requires_grad_(not frozen)
+        return model
+
+    data, options = torch.randn(64, 2), dict(steps=2, batch_size=16, progress=False)
+    dgf.train("ddpm", data, tmp_path / "run", model=net(True), **options)
+    with pytest.raises(ValueError, match="other parameters of it were trainable"):
+        dgf.train("ddpm", data, tmp_path / "run", model=net(False), resume=True, **options)
