@@ -82,7 +82,7 @@ def case(name: str, critic: nn.Module, x: Tensor, flops: int, options: Options) 
     for round_ in range(3 if options.quick else 40):
         best = max(best, rate(x.device))
         for provider in seconds:
-            for _ in range(5):
+            for _ in range(5 if x.dim() == 2 else 1):
                 took = timed(lambda f=found[provider]: call(f), x.device)
                 if round_:
                     seconds[provider].append(took)

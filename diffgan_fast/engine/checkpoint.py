@@ -81,7 +81,7 @@ def load(folder: Path, state: State) -> dict[str, Any]:
     path = folder / "checkpoints" / f"step-{found[-1]}"
     facts = json.loads((path / "state.json").read_text())
     for name, optimizer in state.optimizers.items():
-        if optimizer.names != facts["trained"].get(name):
+        if optimizer.names != facts.get("trained", {}).get(name):
             raise ValueError(f"{path} does not fit network {name!r}: other parameters of it were trainable")
     weights, moments = load_file(path / "model.safetensors"), load_file(path / "optim.safetensors")
     for kind, modules in (("net", state.nets), ("ema", state.ema)):
