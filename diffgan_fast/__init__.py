@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from diffgan_fast import data, metrics, nets, ops, random
 from diffgan_fast.api import compare, train
 from diffgan_fast.backends import BackendError, backend, info
+from diffgan_fast.chain import denoise_chain
 from diffgan_fast.data import datasets
 from diffgan_fast.engine import TrainingError
 from diffgan_fast.run import Run, load
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "data",
     "datasets",
+    "denoise_chain",
     "info",
     "load",
     "methods",

@@ -1,8 +1,9 @@
-"""Samplers: from noise to data, step by step, without gradients."""
+"""Reverse steps as a whole: what runs the networks and puts their outputs into one step op. And sampling with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,26 +13,104 @@ from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
 Sampler = Literal["ddpm", "ddim"]
+Denoiser = Callable[..., torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class Reverse:
+    """How x_{t-1} is made from x_t: what `sample` and `denoise_chain` take as keywords.
+
+    Args:
+        sampler: "ddpm", ancestral (Ho et al. 2020, Algorithm 2), or "ddim" (Song et al. 2021).
+        steps: number of steps, 1..T; the schedule is respaced. None: all T.
+        eta: noise of "ddim", 0..1.
+        variance, prediction, clip_x0: as for `ops.ddpm_step`.
+        guidance_scale: s of classifier-free guidance, e_u + s (e - e_u) (Ho and Salimans 2022); 1 is none. The network
+            then runs a second time, with `uncond` in place of `cond`.
+        critic: logits [N] or [N, K] = critic(x_t, t=t), of real over generated: critic guidance (Kim et al. 2023),
+            eps - w sqrt(1 - abar_t) grad_x logit, K logits averaged. None: none. The critic is told the t that the
+            network is told, and is best in eval mode.
+        logit_scale: w.
+        logit_from: the critic guides at t >= logit_from, counted in the schedule's own steps, not respaced.
+    """
+
+    schedule: Schedule
+    sampler: Sampler = "ddpm"
+    steps: int | None = None
+    eta: float = 0.0
+    variance: Variance = "beta"
+    prediction: Prediction = "eps"
+    clip_x0: bool = False
+    guidance_scale: float = 1.0
+    critic: Denoiser | None = None
+    logit_scale: float = 1.0
+    logit_from: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"sampler must be 'ddpm' or 'ddim', got {self.sampler!r}")
+        if self.critic is None and self.logit_scale != 1.0:
+            raise ValueError(f"logit_scale={self.logit_scale} needs a critic")
+        if self.steps is not None:
+            self.schedule = self.schedule.respace(self.steps)
+        self._told: list[int] = self.schedule.timesteps.tolist()
+
+    @property
+    def T(self) -> int:
+        """The number of steps."""
+        return self.schedule.T
+
+    def step(
+        self,
+        model: Denoiser,
+        x: torch.Tensor,
+        t: int,
+        key: int,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        first_sample: int = 0,
+    ) -> torch.Tensor:
+        """x_{t-1} from x_t = x [N, …]; t in 1..T counts the steps that are made, and `key` is that of this step.
+
+        Differentiable where gradients are enabled, through the critic's gradient too.
+        """
+        told = torch.full((1,), self._told[t], device=x.device).expand(len(x))  # one number, as a network may notice
+        options: dict[str, Any] = dict(prediction=self.prediction, clip_x0=self.clip_x0, first_sample=first_sample)
+        out = model(x, told, **(cond or {})).to(x.dtype)
+        if self.guidance_scale != 1.0:
+            without = model(x, told, **(uncond or {})).to(x.dtype)
+            options |= dict(eps_uncond=without, guidance_scale=self.guidance_scale)
+        if self.critic is not None and self._told[t] >= self.logit_from:
+            options |= dict(logit_grad=self._logit_grad(self.critic, x, told), logit_scale=self.logit_scale)
+        if self.sampler == "ddpm":
+            return ops.ddpm_step(x, out, t, self.schedule, key, variance=self.variance, **options)
+        return ops.ddim_step(x, out, t, t - 1, self.schedule, key, eta=self.eta, **options)
+
+    @staticmethod
+    def _logit_grad(critic: Denoiser, x: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        differentiable = torch.is_grad_enabled()
+        at = x if differentiable and x.requires_grad else x.detach().requires_grad_()
+        with torch.enable_grad():
+            logit = critic(at, t=told).reshape(len(x), -1).mean(1).sum()
+            (grad,) = torch.autograd.grad(logit, at, create_graph=differentiable)
+        return grad.to(x.dtype)
 
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., torch.Tensor],
+    model: Denoiser,
     shape: tuple[int, ...],
     schedule: Schedule,
     key: int,
     *,
-    sampler: Sampler = "ddpm",
-    steps: int | None = None,
-    eta: float = 0.0,
-    variance: Variance = "beta",
-    prediction: Prediction = "eps",
-    clip_x0: bool = False,
     cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
     first_sample: int = 0,
     channels_last: bool = False,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, torch.Tensor], None] | None = None,
+    **reverse: Any,
 ) -> torch.Tensor:
     """Samples from a denoiser.
 
@@ -40,36 +119,30 @@ def sample(
         shape: [N, …] of the samples.
         key: names an endless sequence of samples; x_T is drawn from `fold_in(key, "x_T")` and step t from
             `fold_in(key, t)`, so sample i is the same in any batch (up to the network's own rounding).
-        sampler: "ddpm", ancestral (Ho et al. 2020, Algorithm 2), or "ddim" (Song et al. 2021).
-        steps: number of steps, 1..T; the schedule is respaced. None: all T.
-        eta: noise of "ddim", 0..1.
-        variance, prediction, clip_x0: as for `ops.ddpm_step`.
         cond: what else the network takes, by name.
+        uncond: what it takes instead of `cond` for its unconditional prediction (with guidance_scale).
         first_sample: number of the first sample in the sequence.
         on_step: called with (t, x_t) before every step and with (0, x_0) at the end.
+        reverse: how the steps are made: sampler=, steps=, guidance_scale=, critic=, …; see `Reverse`.
 
     Returns: x_0, float32 of `shape`.
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler must be 'ddpm' or 'ddim', got {sampler!r}")
-    if steps is not None:
-        schedule = schedule.respace(steps)
-    n, per = shape[0], torch.Size(shape[1:]).numel()
-    x = random.normal(shape, random.fold_in(key, "x_T"), first=first_sample * per, device=device)
+    step = Reverse(schedule=schedule, **reverse)
+    x = first_noise(shape, key, first_sample=first_sample, device=device)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    told = schedule.timesteps.tolist()
-    for t in range(schedule.T, 0, -1):
+    for t in range(step.T, 0, -1):
         if on_step:
             on_step(t, x)
-        now = torch.full((1,), told[t], device=device).expand(n)  # one number, as a network may notice
-        out = model(x, now, **(cond or {})).to(x.dtype)
-        common: dict[str, Any] = dict(prediction=prediction, clip_x0=clip_x0, first_sample=first_sample)
-        step_key = random.fold_in(key, t)
-        if sampler == "ddpm":
-            x = ops.ddpm_step(x, out, t, schedule, step_key, variance=variance, **common)
-        else:
-            x = ops.ddim_step(x, out, t, t - 1, schedule, step_key, eta=eta, **common)
+        x = step.step(model, x, t, random.fold_in(key, t), cond=cond, uncond=uncond, first_sample=first_sample)
     if on_step:
         on_step(0, x)
     return x
+
+
+def first_noise(
+    shape: tuple[int, ...], key: int, *, first_sample: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The x_T, float32 [N, …], from which `sample` starts: sample i is the same in any batch."""
+    per = torch.Size(shape[1:]).numel()
+    return random.normal(shape, random.fold_in(key, "x_T"), first=first_sample * per, device=device)

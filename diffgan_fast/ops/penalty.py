@@ -17,8 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffgan_fast import _philox
@@ -320,8 +318,7 @@ def _refuse(critic, mode) -> None:
             raise ValueError(f"mode 'forward': torch's forward-mode rule of {what} is not exact")
         if layer.training and isinstance(layer, _DropoutNd):
             raise ValueError(f"mode 'forward': {what} draws another mask in every call; put it in eval mode")
-        old_spectral = any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values())
-        if layer.training and (old_spectral or isinstance(layer, _SpectralNorm)):
+        if support.estimates_spectrum(layer):
             raise ValueError(f"mode 'forward': {what} changes its estimate in every call; put it in eval mode")
 
 

@@ -7,6 +7,8 @@ from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 KEY_MASK = 2**63 - 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -199,3 +201,9 @@ def defined_rows(rows: torch.Tensor, t: torch.Tensor | None, row: int, x: torch.
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(columns[0].isnan().any()):
         raise RuntimeError("diffgan_fast: t is out of range")
     return columns
+
+
+def estimates_spectrum(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a spectral norm in train mode, whose every call changes its weight."""
+    old = any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values())
+    return layer.training and (old or isinstance(layer, _SpectralNorm))

@@ -1,0 +1,299 @@
+"""The denoising chain x_T -> x_0 as one differentiable function whose memory does not grow with network depth times T.
+
+Plain autograd keeps the activations of all T runs of the network. Here the forward pass keeps states x_t alone, the
+noise of a step is made again from its key, and the backward pass builds the graph of one step at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from diffgan_fast import random
+from diffgan_fast.ops import support
+from diffgan_fast.sampling import Denoiser, Reverse
+from diffgan_fast.schedule import Schedule
+
+Recompute = Literal["none", "step"] | int
+
+
+def denoise_chain(
+    model: Denoiser,
+    x_T: Tensor,
+    schedule: Schedule,
+    key: int,
+    *,
+    recompute: Recompute = "step",
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    grad_steps: int | tuple[int, int] | None = None,
+    keep_dtype: torch.dtype | None = None,
+    keep_on: torch.device | str | None = None,
+    first_sample: int = 0,
+    **reverse: Any,
+) -> Tensor:
+    """x_0 from x_T through every reverse step, differentiable in the parameters, x_T and the conditions.
+
+    The value is bitwise that of `sample` with the same key, where x_T is `sampling.first_noise(shape, key)`. Step t
+    draws its noise from `fold_in(key, t)`; dropout and whatever else takes torch's generator is seeded from it.
+
+    Args:
+        model: denoiser `model(x, t, **cond)`. The backward pass runs it in the mode (train or eval, layer by layer),
+            with the trainable parameters and under the autocast of this call, whatever has changed since.
+        x_T: [N, …], where the chain starts.
+        schedule: of T steps.
+        key: int in [0, 2^63).
+        recompute: what the backward pass does for a step's activations. "step": every x_t is kept, and each step runs
+            once more. An int k: every k-th x_t is kept, and each step runs twice more. "none": plain autograd, which
+            keeps all activations.
+        cond, uncond: what else the network takes, by name, and what it takes instead for its unconditional prediction.
+            The tensors among their values are inputs, which get a gradient if they require one.
+        parameters: the trainable tensors that the model works with (and the critic, if one guides). None: the trainable
+            parameters of both, as far as they are Modules.
+        grad_steps: only the last K steps carry gradients (DRaFT-K, Clark et al. 2024); what stands before them is a
+            constant. A pair (low, high): the key draws K from it (AlignProp, Prabhudesai et al. 2023). None: all.
+        keep_dtype: states are kept in this type, for example torch.bfloat16. This rounds the states at which gradients
+            are taken; x_0 stays as it is.
+        keep_on: states are kept on this device, for example "cpu".
+        first_sample: number of the first sample in the global batch.
+        reverse: how the steps are made: sampler=, steps=, clip_x0=, guidance_scale=, critic=, …; see `Reverse`.
+
+    Returns: x_0, like x_T.
+    Gradients: of first order, equal to plain autograd's; they are summed apart and handed over once, and no `.grad` is
+    touched on the way. Batch norm's running statistics change in the forward pass alone.
+    Raises: ValueError for arguments out of range, and for models whose second run is not like the first
+    (DistributedDataParallel, spectral norm in train mode). RuntimeError in the backward pass, if a step depends on a
+    trainable tensor that is no input of the chain, or if an input was changed in place in between.
+    Source: Chen et al. 2016 (recomputation); method 2 of "Exploring the Combination of Diffusion Models and Generative
+    Adversarial Networks", §4.2.
+    """
+    step = Reverse(schedule=schedule, **reverse)
+    support.check_key(key)
+    every, last = _interval(recompute), _last_steps(grad_steps, step.T, key)
+    if every is None and not (keep_dtype is keep_on is None):
+        raise ValueError("keep_dtype and keep_on are None with recompute='none', which keeps no states of its own")
+    modules = [m for m in (model, step.critic) if isinstance(m, nn.Module)]
+    _refuse(modules)
+    if parameters is None:
+        parameters = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
+    chain = _Chain(model, step, key, first_sample, (dict(cond or {}), dict(uncond or {})), modules)
+    with _fork_rng(x_T):
+        with torch.no_grad():
+            for t in range(step.T, last, -1):
+                x_T = chain.step(x_T, t)
+        if every is None:
+            for t in range(last, 0, -1):
+                x_T = chain.step(x_T, t)
+            return x_T
+        store = _Store(last, every, keep_dtype, None if keep_on is None else torch.device(keep_on))
+        return _Recomputed.apply(chain, store, x_T, *chain.passed, *parameters)
+
+
+def _interval(recompute: Recompute) -> int | None:
+    """Every how many steps a state is kept; None for plain autograd."""
+    if recompute in ("none", "step"):
+        return None if recompute == "none" else 1
+    if isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1:
+        raise ValueError(f"recompute must be 'none', 'step' or an int >= 1, got {recompute!r}")
+    return recompute
+
+
+def _last_steps(grad_steps: int | tuple[int, int] | None, T: int, key: int) -> int:
+    """How many steps carry gradients."""
+    low, high = (T, T) if grad_steps is None else grad_steps if isinstance(grad_steps, tuple) else (grad_steps,) * 2
+    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= T):
+        raise ValueError(f"grad_steps must be in 1..{T}, or a pair (low, high) of such; got {grad_steps!r}")
+    return low + int(random.randint(high - low + 1, 1, random.fold_in(key, "grad_steps")))
+
+
+def _refuse(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for name, layer in module.named_modules():
+            what = f"{name or 'itself'!r} ({type(layer).__name__})"
+            if isinstance(layer, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                raise ValueError(f"model: {what} exchanges gradients in every step; pass the module that it wraps")
+            if support.estimates_spectrum(layer):
+                raise ValueError(f"model: {what} changes its weight in every call; put it in eval mode")
+
+
+def _fork_rng(x: Tensor) -> AbstractContextManager:
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+
+
+class _Chain:
+    """A chain's steps as they were called: with the same keys, modes and trainable parameters whenever one runs."""
+
+    def __init__(
+        self,
+        model: Denoiser,
+        reverse: Reverse,
+        key: int,
+        first_sample: int,
+        given: tuple[dict[str, Any], dict[str, Any]],
+        modules: list[nn.Module],
+    ):
+        self.model, self.reverse, self.key, self.first_sample, self.given = model, reverse, key, first_sample, given
+        self.modes = [(layer, layer.training) for m in modules for layer in m.modules()]
+        self.trains = [(p, p.requires_grad) for m in modules for p in m.parameters()]
+
+    @property
+    def passed(self) -> list[Tensor]:
+        """The tensors among the conditions."""
+        return [v for given in self.given for v in given.values() if isinstance(v, Tensor)]
+
+    def step(self, x: Tensor, t: int, passed: Sequence[Tensor] | None = None) -> Tensor:
+        """x_{t-1}, with `passed` for the tensors among the conditions."""
+        rest = iter(self.passed if passed is None else passed)
+        cond, uncond = (
+            {name: next(rest) if isinstance(v, Tensor) else v for name, v in given.items()} for given in self.given
+        )
+        key = random.fold_in(self.key, t)
+        torch.manual_seed(random.fold_in(key, "torch"))
+        return self.reverse.step(self.model, x, t, key, cond=cond, uncond=uncond, first_sample=self.first_sample)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Modules as they were in the first run; what a run changes in their buffers is undone at the end."""
+        modes = [(layer, layer.training) for layer, _ in self.modes]
+        trains = [(p, p.requires_grad) for p, _ in self.trains]
+        buffers = [(b, b.clone()) for layer, training in self.modes if training for b in layer.buffers(recurse=False)]
+        try:
+            _set(self.modes, self.trains)
+            yield
+        finally:
+            _set(modes, trains)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _set(modes: list[tuple[nn.Module, bool]], trains: list[tuple[nn.Parameter, bool]]) -> None:
+    for layer, training in modes:
+        layer.training = training
+    for p, requires_grad in trains:
+        p.requires_grad_(requires_grad)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Which states are kept, x_first, x_{first - every}, …, and how."""
+
+    first: int
+    every: int
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+    def keeps(self, t: int) -> bool:
+        return (self.first - t) % self.every == 0
+
+    def put(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.device is not None and self.device.type == "cpu":
+            # pinned, so that the host need not wait: the stream keeps the copies there and back in order
+            host = torch.empty_like(x, dtype=self.dtype, device="cpu", pin_memory=True)
+            return host.copy_(x, non_blocking=True)
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def get(self, kept: Tensor, like: Tensor) -> Tensor:
+        return kept.to(device=like.device, dtype=like.dtype, non_blocking=True)
+
+
+class _Recomputed(torch.autograd.Function):
+    """The last `store.first` steps. Inputs that may get gradients: the state, the conditions, the parameters."""
+
+    @staticmethod
+    def forward(ctx, chain: _Chain, store: _Store, x: Tensor, *inputs: Tensor) -> Tensor:
+        kind = x.device.type
+        ctx.chain, ctx.store = chain, store
+        ctx.autocast = dict(
+            device_type=kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,  # casts of parameters made here have no graph: nobody must find them later
+        )
+        states = []
+        with torch.autocast(**ctx.autocast):
+            for t in range(store.first, 0, -1):
+                if store.keeps(t):
+                    states.append(store.put(x))
+                x = chain.step(x, t)
+        ctx.save_for_backward(*inputs, *states)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        chain, store = ctx.chain, ctx.store
+        need_x, *needs = ctx.needs_input_grad[2:]
+        inputs, states = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        number = len(chain.passed)
+        # conditions go in as copies, so that a step's graph ends there; parameters are those that the model uses
+        passed = [v.detach().requires_grad_(need) for v, need in zip(inputs[:number], needs[:number], strict=True)]
+        sums = _Sums([v for v, need in zip((*passed, *inputs[number:]), needs, strict=True) if need])
+        with _fork_rng(grad), torch.autocast(**ctx.autocast), chain.again():
+            for i in reversed(range(len(states))):
+                high = store.first - i * store.every
+                low = max(high - store.every, 0)
+                xs = [store.get(states[i], grad)]
+                for t in range(high, low + 1, -1):  # once_differentiable: without a graph
+                    xs.append(chain.step(xs[-1], t, passed))
+                for t in range(low + 1, high + 1):
+                    x = xs.pop().detach().requires_grad_(t < store.first or need_x)
+                    with torch.enable_grad():
+                        out = chain.step(x, t, passed)
+                    grad = sums.add(out, x, grad)
+        found = iter(sums.results())
+        return None, None, grad if need_x else None, *(next(found) if need else None for need in needs)
+
+
+class _Sums:
+    """Gradients of the chain's inputs, summed over its steps in buffers of their own."""
+
+    def __init__(self, inputs: list[Tensor]):
+        self.inputs = inputs
+        self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
+        self.found = [False] * len(inputs)
+
+    def add(self, out: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+        """Adds what a step out of x passes on, and returns the gradient of x (which needs none in the last step)."""
+        wanted = [x, *self.inputs] if x.requires_grad else self.inputs
+        if not out.requires_grad:
+            return grad
+        _check_leaves(out, wanted)
+        grads = list(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        if x.requires_grad:
+            grad = grads.pop(0)
+        used = [i for i, g in enumerate(grads) if g is not None]
+        for i in used:
+            self.found[i] = True
+        if used:
+            torch._foreach_add_([self.sums[i] for i in used], [grads[i] for i in used])
+        return grad
+
+    def results(self) -> list[Tensor | None]:
+        """The sums, in the inputs' types; None for an input that no step depends on."""
+        return [s.to(v.dtype) if f else None for s, v, f in zip(self.sums, self.inputs, self.found, strict=True)]
+
+
+def _check_leaves(out: Tensor, wanted: Sequence[Tensor]) -> None:
+    """RuntimeError if `out` depends on a trainable tensor that is not among `wanted`: its gradient would be lost."""
+    known, ends = {id(v) for v in wanted}, {v.grad_fn for v in wanted if v.grad_fn is not None}
+    seen, open_ = set(), [out.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen or node in ends:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RuntimeError(
+                f"a step of the chain depends on a trainable tensor of shape {list(leaf.shape)} that is no input of "
+                "the chain: name it in parameters=, or pass it in cond="
+            )
+        open_.extend(following for following, _ in node.next_functions)
