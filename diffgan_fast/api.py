@@ -8,13 +8,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffgan_fast import backends, random, report
+from diffgan_fast import backends, files, random, report
 from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
 from diffgan_fast.methods import find as find_method
@@ -38,7 +39,8 @@ def train(
     resume: bool = False,
     device: str | torch.device = "auto",
     model: nn.Module | None = None,
-    critic: nn.Module | None = None,
+    critic: nn.Module | Run | str | Path | None = None,
+    generator: nn.Module | None = None,
     subset: int | None = None,
     callbacks: Sequence[Callable[[Run, dict], None]] = (),
     progress: bool = True,
@@ -52,10 +54,13 @@ def train(
         out: the run's directory; default runs/<method>-<data>.
         seed: everything random follows from it.
         preset: named settings of the method ("paper", "student", …); `options` override them.
-        base: for a fine-tuning method, the run to start from; without one, a `ddpm` is trained first, into out/base.
+        base: the run whose denoiser to start from; without one, a fine-tuning method trains a `ddpm` first, into
+            out/base.
         resume: go on from the last checkpoint in `out`, bit for bit (a fresh start if there is none).
         device: "auto", "cpu", "cuda", ….
-        model, critic: your own networks in place of the method's (see `docs/networks.md` for their calls).
+        model, critic, generator: your own networks in place of the method's (see `docs/networks.md` for their calls).
+            `critic` may also be a run whose critic to start from; without one, a method that wants a pre-trained critic
+            trains a `gan` first, into out/critic.
         subset: train on that many samples of the data, a fixed choice.
         callbacks: called as callback(run, row) after each logged row.
         progress: show a progress bar.
@@ -66,30 +71,21 @@ def train(
         TrainingError: a loss is not finite; the step and the last good checkpoint are named.
         KeyboardInterrupt: after a checkpoint was written.
     """
-    kind, where = find_method(method), pick_device(device)
-    if base is not None and not kind.fine_tunes:
-        raise ValueError(f"base: method {method!r} does not start from another run")
-    data = _read_once(data)
-    train_data = data_sets.load(data, subset=subset)
-    folder = Path(out) if out is not None else Path("runs") / f"{method}-{train_data.name}"
-    start = load(base, data=data, device=where, model=model) if isinstance(base, str | Path) else base
-    config = kind.Config.make(preset, **_with_base(options, start))
-    instance = kind(config, train_data.shape, train_data.num_classes)
-    given = {name: net for name, net in (("denoiser", model), ("critic", critic)) if net is not None}
-    settings = _settings(instance, train_data, data, seed, subset, given, start)
+    start = _resolve(method, data, preset, base, critic, model, generator, device, subset, options)
+    kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
+    folder = Path(out) if out is not None else Path("runs") / f"{method}-{start.data.name}"
+    settings = _settings(start, seed, subset)
     resuming = _prepare(folder, settings, resume)
-    if kind.fine_tunes and not resuming and start is None and model is None:
-        start = _train_base(data, folder / "base", seed, preset, config, device, subset, progress)
-        settings["base"] = _identity(start)
-    if start is not None:
-        net = start.state.sampling_net("denoiser")
-        if model is None:
-            given["denoiser"] = copy.deepcopy(net).requires_grad_(True)
-        else:
-            model.load_state_dict(net.state_dict())
+    common = dict(seed=seed, device=device, subset=subset, progress=progress)
+    if kind.fine_tunes and not resuming and start.base is None and model is None:
+        start.base = _train_base(data, folder / "base", preset, config, common)
+        settings["base"] = _identity(start.base, "denoiser")
+    if kind.pretrained_critic(config) and not resuming and critic is None:
+        start.critic = _train_critic(data, folder / "critic", kind, config, common)
+        settings["critic"] = _identity(start.critic, "critic")
     _warn_of_mismatch(instance)
 
-    state = build(instance, given, seed, where)
+    state, train_data, where = build(instance, start.networks(), seed, start.device), start.data, start.device
     run = Run(folder, instance, state, seed, data, settings)
     feed = Feed(
         train_data, config.batch_size, random.key(seed), where, flip=config.flip, channels_last=config.channels_last
@@ -108,7 +104,8 @@ def train(
         loop.restore()
         _drop_rows_after(folder, state.step)
     elif not checkpoint.steps(folder):
-        checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+        files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
     loop.run()
     for optimizer in state.optimizers.values():
         optimizer.release()  # networks that were given are their owner's again
@@ -118,7 +115,7 @@ def train(
         for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
             report.strip(strip, folder / "samples" / f"{name}.png")
     if curves := instance.diagnose(state, feed.batch(state.step), key):
-        checkpoint.write_text(folder / "levels.json", json.dumps(curves) + "\n")
+        files.write(folder / "levels.json", json.dumps(curves) + "\n")
     report.write_run(folder)
     return run
 
@@ -148,12 +145,17 @@ def compare(
         raise ValueError("names must hold at least one method")
     folder, data, found, options = Path(out), _read_once(data), {}, options or {}
     if base is None and "ddpm" not in names and any(find_method(name).fine_tunes for name in names):
-        known = {f.name for f in dataclasses.fields(find_method("ddpm").Config)}
-        shared = {k: v for k, v in common.items() if k in known or k in ("device", "subset", "progress")}
+        known = known_to(find_method("ddpm")) | {"device", "subset", "progress"}
+        shared = {k: v for k, v in common.items() if k in known}
         base = train("ddpm", data, folder / "base", seed=seed, resume=True, **shared)
     for name in sorted(names, key=lambda name: name != "ddpm"):  # the base comes first
-        start: dict[str, Any] = {"base": base} if find_method(name).fine_tunes else {}
-        run = train(name, data, folder / name, seed=seed, resume=True, **start, **{**common, **options.get(name, {})})
+        kind, chosen = find_method(name), {**common, **options.get(name, {})}
+        start: dict[str, Any] = {"base": base} if kind.fine_tunes else {}
+        config = kind.Config.make(chosen.get("preset"), **{k: v for k, v in chosen.items() if k in known_to(kind)})
+        if kind.pretrained_critic(config) and "critic" not in chosen:  # one for all
+            shared = {k: v for k, v in common.items() if k in ("device", "subset", "progress")}
+            start["critic"] = _train_critic(data, folder / "critic", kind, config, {"seed": seed, **shared})
+        run = train(name, data, folder / name, seed=seed, resume=True, **start, **chosen)
         if name == "ddpm" and base is None:
             base = run
         scores = run.evaluated(n)
@@ -166,6 +168,63 @@ def compare(
     return rows
 
 
+@dataclass
+class _Start:
+    """What a run begins with: its method, its data, and the networks that are not made anew."""
+
+    method: Method
+    source: Any  # the data as they were named or given
+    data: data_sets.Data
+    device: torch.device
+    given: dict[str, nn.Module]  # the user's own networks
+    base: Run | None  # whose denoiser to start from
+    critic: Run | None  # whose critic to start from
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to take over: the user's own, and copies of those of other runs."""
+        found = dict(self.given)
+        if self.base is not None:
+            net = self.base.state.sampling_net("denoiser")
+            if "denoiser" in found:
+                found["denoiser"].load_state_dict(net.state_dict())
+            else:
+                found["denoiser"] = copy.deepcopy(net).requires_grad_(True)
+        if self.critic is not None:
+            found["critic"] = copy.deepcopy(self.critic.state["critic"])
+        return found
+
+
+def _resolve(method, data, preset, base, critic, model, generator, device, subset, options) -> _Start:
+    """The arguments of `train`, checked against each other. Nothing is written."""
+    kind, where = find_method(method), pick_device(device)
+    if base is not None and not kind.has_denoiser:
+        raise ValueError(f"base must be None: method {method!r} has no denoiser to start from another run's")
+    source = _read_once(data)
+    train_data = data_sets.load(source, subset=subset)
+    base = load(base, data=source, device=where, model=model) if isinstance(base, str | Path) else base
+    judge = load(critic, data=source, device=where) if isinstance(critic, str | Path) else critic
+    dictated = _dictated(base, DENOISER_OPTIONS, "base")
+    if isinstance(judge, Run):
+        if judge.method.name != "gan" or "critic_start" not in known_to(kind):
+            raise ValueError(f"critic must be a network for method {method!r}: a run of 'gan' suits methods 1 and 2")
+        critic, dictated = None, dictated | _dictated(judge, ("critic_width",), "critic")
+    else:
+        judge = None
+    for name in dictated.keys() & options.keys():
+        if options[name] != dictated[name][0]:
+            value, run = dictated[name]
+            raise ValueError(f"{name} is {value!r} in the {run} run, and cannot be {options[name]!r} here")
+    config = kind.Config.make(preset, **{name: value for name, (value, _) in dictated.items()} | options)
+    instance = kind(config, train_data.shape, train_data.num_classes)
+    own = {"denoiser": model, "critic": critic, "generator": generator}
+    given = {name: net for name, net in own.items() if net is not None}
+    with torch.device("meta"):  # for the errors alone
+        made = instance.networks(given)
+    if unused := given.keys() - made.keys():
+        raise ValueError(f"{', '.join(sorted(unused))} must be None: method {method!r} has no such network")
+    return _Start(instance, source, train_data, where, given, base, judge)
+
+
 def _read_once(data: Any) -> Any:
     """A name or a path as a string, for it can be read again; everything else in memory, for an iterator can not."""
     if isinstance(data, os.PathLike):
@@ -173,46 +232,47 @@ def _read_once(data: Any) -> Any:
     return data if isinstance(data, str) else data_sets.load(data)
 
 
-def _train_base(data, folder, seed, preset, config, device, subset, progress) -> Run:
+def known_to(kind: type[Method]) -> set[str]:
+    """The names of a method's options."""
+    return {f.name for f in dataclasses.fields(kind.Config)}
+
+
+def _train_base(data, folder, preset, config, common) -> Run:
     """The `ddpm` that a fine-tuning method starts from, with the settings that concern its denoiser."""
     preset = "student" if preset == "as-coded" else preset
     if preset not in find_method("ddpm").Config.PRESETS:
         preset = None
     shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
-    common = dict(seed=seed, preset=preset, resume=True, device=device, subset=subset, progress=progress)
-    return train("ddpm", data, folder, **common, **shared)
+    return train("ddpm", data, folder, preset=preset, resume=True, **common, **shared)
 
 
-def _identity(base: Run | None) -> dict[str, Any] | None:
-    """Which weights a run started from."""
-    if base is None:
+def _train_critic(data, folder, kind, config, common) -> Run:
+    """The run whose critic a method starts from."""
+    name = kind.pretrained_critic(config)
+    return train(name, data, folder, resume=True, critic_width=config.critic_width, **common)
+
+
+def _identity(run: Run | None, name: str) -> dict[str, Any] | None:
+    """Which weights a network starts from."""
+    if run is None:
         return None
-    return {"step": base.state.step, "weights": fingerprint(base.state.sampling_net("denoiser"))}
+    if name not in run.state.nets:
+        raise ValueError(f"run {run.path} has no {name}")
+    return {"step": run.state.step, "weights": fingerprint(run.state.sampling_net(name))}
 
 
-def _with_base(options: dict[str, Any], base: Run | None) -> dict[str, Any]:
-    """The options, with what the base run's denoiser dictates. ValueError where they contradict it."""
-    if base is None:
-        return options
-    shared = {k: v for k, v in base.method.config.to_dict().items() if k in DENOISER_OPTIONS}
-    for name in shared.keys() & options.keys():
-        if options[name] != shared[name]:
-            raise ValueError(f"{name} is {shared[name]!r} in the base run, and cannot be {options[name]!r} here")
-    return {**shared, **options}
+def _dictated(run: Run | None, names: Sequence[str], source: str) -> dict[str, tuple[Any, str]]:
+    """The options that a run to start from leaves no choice in: name -> (value, what the run is here)."""
+    config = {} if run is None else run.method.config.to_dict()
+    return {name: (config[name], source) for name in names if name in config}
 
 
-def _settings(
-    method: Method,
-    data: data_sets.Data,
-    source: Any,
-    seed: int,
-    subset: int | None,
-    given: dict[str, nn.Module],
-    base: Run | None,
-) -> dict[str, Any]:
+def _settings(start: _Start, seed: int, subset: int | None) -> dict[str, Any]:
     """What config.json holds."""
+    method, data, source = start.method, start.data, start.source
     schedule = getattr(method, "schedule", None)
-    own = {*given, *(n for n in (base.given if base is not None else ()) if n == "denoiser")}
+    sources = {"base": (start.base, "denoiser"), "critic": (start.critic, "critic")}
+    own = {*start.given, *(name for run, name in sources.values() if run is not None and name in run.given)}
     return {
         "method": method.name,
         "data": source if isinstance(source, str) else data.name,
@@ -223,7 +283,7 @@ def _settings(
         "shape": list(method.shape),
         "num_classes": method.num_classes,
         "given": sorted(own),
-        "base": _identity(base),
+        **{name: _identity(run, net) for name, (run, net) in sources.items()},
         "config": method.config.to_dict(),
         "schedule": {} if schedule is None else {"T": schedule.T, "prior_mismatch": schedule.prior_mismatch},
         "versions": {"diffgan_fast": backends.info()["version"], "torch": torch.__version__},
@@ -237,7 +297,8 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         if not resume:
             raise ValueError(f"out {folder} holds a run already: pass resume=True to go on with it, or another out")
         stored = json.loads(path.read_text())
-        settings["base"] = settings["base"] or stored["base"]
+        for source in ("base", "critic"):
+            settings[source] = settings[source] or stored.get(source)
         # a run may be made longer where that does not change its learning rates, and logged otherwise
         free = {"log_every", "sample_every", "checkpoint_every", "keep", "versions", "config"}
         if settings["config"]["lr_schedule"] == "constant":
@@ -254,7 +315,7 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples").mkdir(exist_ok=True)
     if done:
-        checkpoint.write_text(path, json.dumps(settings, indent=1) + "\n")
+        files.write(path, json.dumps(settings, indent=1) + "\n")
     elif path.exists():
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # rows of a start that never reached a checkpoint
     return bool(done)
@@ -263,7 +324,7 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
 def _drop_rows_after(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     kept = [json.dumps(row) + "\n" for row in checkpoint.read_rows(path) if row["step"] <= step]
-    checkpoint.write_text(path, "".join(kept))
+    files.write(path, "".join(kept))
 
 
 def _save_picture(run: Run, data: data_sets.Data, step: int) -> None:

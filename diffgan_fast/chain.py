@@ -79,11 +79,10 @@ def denoise_chain(
     every, last = _interval(recompute), _last_steps(grad_steps, step.T, key)
     if every is None and not (keep_dtype is keep_on is None):
         raise ValueError("keep_dtype and keep_on are None with recompute='none', which keeps no states of its own")
-    modules = [m for m in (model, step.critic) if isinstance(m, nn.Module)]
+    modules = {name: m for name, m in (("model", model), ("critic", step.critic)) if isinstance(m, nn.Module)}
     _refuse(modules)
-    if parameters is None:
-        parameters = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
-    chain = _Chain(model, step, key, first_sample, (dict(cond or {}), dict(uncond or {})), modules)
+    given = dict(cond or {}), dict(uncond or {})
+    chain = _Chain(model, step, key, first_sample, given, list(modules.values()), parameters)
     with _fork_rng(x_T):
         with torch.no_grad():
             for t in range(step.T, last, -1):
@@ -93,7 +92,7 @@ def denoise_chain(
                 x_T = chain.step(x_T, t)
             return x_T
         store = _Store(last, every, keep_dtype, None if keep_on is None else torch.device(keep_on))
-        return _Recomputed.apply(chain, store, x_T, *chain.passed, *parameters)
+        return _Recomputed.apply(chain, store, x_T, *chain.passed, *chain.parameters)
 
 
 def _interval(recompute: Recompute) -> int | None:
@@ -107,20 +106,29 @@ def _interval(recompute: Recompute) -> int | None:
 
 def _last_steps(grad_steps: int | tuple[int, int] | None, T: int, key: int) -> int:
     """How many steps carry gradients."""
-    low, high = (T, T) if grad_steps is None else grad_steps if isinstance(grad_steps, tuple) else (grad_steps,) * 2
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= T):
+    pair = (T, T) if grad_steps is None else grad_steps if isinstance(grad_steps, tuple) else (grad_steps,) * 2
+    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
+    if not (ints and len(pair) == 2 and 1 <= pair[0] <= pair[1] <= T):
         raise ValueError(f"grad_steps must be in 1..{T}, or a pair (low, high) of such; got {grad_steps!r}")
+    low, high = pair
     return low + int(random.randint(high - low + 1, 1, random.fold_in(key, "grad_steps")))
 
 
-def _refuse(modules: list[nn.Module]) -> None:
-    for module in modules:
+def _refuse(modules: dict[str, nn.Module]) -> None:
+    for role, module in modules.items():
         for name, layer in module.named_modules():
-            what = f"{name or 'itself'!r} ({type(layer).__name__})"
+            what = f"{role}: {name or 'itself'!r} ({type(layer).__name__})"
             if isinstance(layer, nn.parallel.DistributedDataParallel | nn.DataParallel):
-                raise ValueError(f"model: {what} exchanges gradients in every step; pass the module that it wraps")
+                raise ValueError(f"{what} exchanges gradients in every step; pass the module that it wraps")
             if support.estimates_spectrum(layer):
-                raise ValueError(f"model: {what} changes its weight in every call; put it in eval mode")
+                raise ValueError(f"{what} changes its weight in every call; put it in eval mode")
+
+
+def _seed(x: Tensor, seed: int) -> None:
+    """Seeds the generators that `_fork_rng` puts back, and no other (torch.manual_seed seeds those of all devices)."""
+    torch.default_generator.manual_seed(seed)
+    if x.is_cuda:
+        torch.cuda.default_generators[x.device.index].manual_seed(seed)
 
 
 def _fork_rng(x: Tensor) -> AbstractContextManager:
@@ -138,10 +146,15 @@ class _Chain:
         first_sample: int,
         given: tuple[dict[str, Any], dict[str, Any]],
         modules: list[nn.Module],
+        parameters: Sequence[Tensor] | None,
     ):
         self.model, self.reverse, self.key, self.first_sample, self.given = model, reverse, key, first_sample, given
         self.modes = [(layer, layer.training) for m in modules for layer in m.modules()]
-        self.trains = [(p, p.requires_grad) for m in modules for p in m.parameters()]
+        own = [p for m in modules for p in m.parameters()]
+        # frozen ones too, so that torch notices if one is changed in place before the backward pass
+        listed = own if parameters is None else [*parameters, *(p for p in own if not p.requires_grad)]
+        self.parameters = list(dict.fromkeys(listed))
+        self.trains = [(p, p.requires_grad) for p in dict.fromkeys((*own, *self.parameters)) if p.is_leaf]
 
     @property
     def passed(self) -> list[Tensor]:
@@ -155,26 +168,36 @@ class _Chain:
             {name: next(rest) if isinstance(v, Tensor) else v for name, v in given.items()} for given in self.given
         )
         key = random.fold_in(self.key, t)
-        torch.manual_seed(random.fold_in(key, "torch"))
+        _seed(x, random.fold_in(key, "torch"))
         return self.reverse.step(self.model, x, t, key, cond=cond, uncond=uncond, first_sample=self.first_sample)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Modules as they were in the first run; what a run changes in their buffers is undone at the end."""
+        """Modules as they were in the first run; what a run changes in their buffers is undone at the end.
+
+        Hooks of the parameters, and `.grad` where one retains it, are for their whole gradient: no step meets them.
+        """
         modes = [(layer, layer.training) for layer, _ in self.modes]
         trains = [(p, p.requires_grad) for p, _ in self.trains]
         buffers = [(b, b.clone()) for layer, training in self.modes if training for b in layer.buffers(recurse=False)]
+        hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.parameters if p._backward_hooks]
+        retained = [(p, p.grad) for p in self.parameters if p.retains_grad]
         try:
             _set(self.modes, self.trains)
+            for registered, _ in hooks:
+                registered.clear()
             yield
         finally:
             _set(modes, trains)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for registered, all_ in hooks:
+                registered.update(all_)
+            for p, grad in retained:
+                p.grad = grad
+            for buffer, before in buffers:
+                buffer.data.copy_(before)  # .data: graphs of other runs, which saved the buffer, stay valid
 
 
-def _set(modes: list[tuple[nn.Module, bool]], trains: list[tuple[nn.Parameter, bool]]) -> None:
+def _set(modes: list[tuple[nn.Module, bool]], trains: list[tuple[Tensor, bool]]) -> None:
     for layer, training in modes:
         layer.training = training
     for p, requires_grad in trains:
@@ -231,11 +254,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         chain, store = ctx.chain, ctx.store
         need_x, *needs = ctx.needs_input_grad[2:]
-        inputs, states = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
-        number = len(chain.passed)
+        states = ctx.saved_tensors[len(needs) :]  # unpacked once: here torch notices inputs that were changed in place
         # conditions go in as copies, so that a step's graph ends there; parameters are those that the model uses
-        passed = [v.detach().requires_grad_(need) for v, need in zip(inputs[:number], needs[:number], strict=True)]
-        sums = _Sums([v for v, need in zip((*passed, *inputs[number:]), needs, strict=True) if need])
+        passed = [v.detach().requires_grad_(need) for v, need in zip(chain.passed, needs, strict=False)]
+        sums = _Sums([v for v, need in zip((*passed, *chain.parameters), needs, strict=True) if need])
         with _fork_rng(grad), torch.autocast(**ctx.autocast), chain.again():
             for i in reversed(range(len(states))):
                 high = store.first - i * store.every
@@ -244,10 +266,11 @@ class _Recomputed(torch.autograd.Function):
                 for t in range(high, low + 1, -1):  # once_differentiable: without a graph
                     xs.append(chain.step(xs[-1], t, passed))
                 for t in range(low + 1, high + 1):
-                    x = xs.pop().detach().requires_grad_(t < store.first or need_x)
+                    x = xs.pop().detach().requires_grad_()
                     with torch.enable_grad():
                         out = chain.step(x, t, passed)
                     grad = sums.add(out, x, grad)
+                    del out  # its graph goes before the next one comes
         found = iter(sums.results())
         return None, None, grad if need_x else None, *(next(found) if need else None for need in needs)
 
@@ -261,14 +284,10 @@ class _Sums:
         self.found = [False] * len(inputs)
 
     def add(self, out: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-        """Adds what a step out of x passes on, and returns the gradient of x (which needs none in the last step)."""
-        wanted = [x, *self.inputs] if x.requires_grad else self.inputs
-        if not out.requires_grad:
-            return grad
+        """Adds what a step out of x passes on, and returns the gradient of x."""
+        wanted = [x, *self.inputs]
         _check_leaves(out, wanted)
-        grads = list(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-        if x.requires_grad:
-            grad = grads.pop(0)
+        grad, *grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
         used = [i for i, g in enumerate(grads) if g is not None]
         for i in used:
             self.found[i] = True
@@ -283,11 +302,11 @@ class _Sums:
 
 def _check_leaves(out: Tensor, wanted: Sequence[Tensor]) -> None:
     """RuntimeError if `out` depends on a trainable tensor that is not among `wanted`: its gradient would be lost."""
-    known, ends = {id(v) for v in wanted}, {v.grad_fn for v in wanted if v.grad_fn is not None}
-    seen, open_ = set(), [out.grad_fn]
+    known, ends = {id(v) for v in wanted}, {(v.grad_fn, v.output_nr) for v in wanted if v.grad_fn is not None}
+    seen, open_ = set(), [(out.grad_fn, out.output_nr)]
     while open_:
-        node = open_.pop()
-        if node is None or node in seen or node in ends:
+        node, number = open_.pop()
+        if node is None or node in seen or (node, number) in ends:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
@@ -296,4 +315,4 @@ def _check_leaves(out: Tensor, wanted: Sequence[Tensor]) -> None:
                 f"a step of the chain depends on a trainable tensor of shape {list(leaf.shape)} that is no input of "
                 "the chain: name it in parameters=, or pass it in cond="
             )
-        open_.extend(following for following, _ in node.next_functions)
+        open_.extend(node.next_functions)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(help="everything random follows from it")]
 
 
+def _word_or_int(text: str) -> str | int:
+    return int(text) if text.removeprefix("-").isdigit() else text
+
+
 def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     """One config field as a flag. None means that the flag was not given, so that a preset can speak."""
     meta = field.metadata
@@ -43,15 +48,18 @@ def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     is_bool = hint is bool
     flag = field.name.replace("_", "-")
     name = f"--{flag}/--no-{flag}" if is_bool else f"--{flag}"
-    option = typer.Option(name, help=f"{meta['help']}{unit} [default: {default}]", show_default=False)
     plain = [a for a in typing.get_args(hint) if a is not type(None)] if type(None) in typing.get_args(hint) else [hint]
+    settings: dict[str, Any] = dict(help=f"{meta['help']}{unit} [default: {default}]", show_default=False)
+    if field.name == "batch_size" or typing.get_origin(plain[0]) in (typing.Union, types.UnionType):
+        plain, settings = [str], {**settings, "parser": _word_or_int, "metavar": "WORD|INTEGER"}
+    option = typer.Option(name, **settings)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain[0] | None, option]
     )
 
 
 def _add_train_command(name: str, config: type[TrainConfig]) -> None:
-    def command(data, out, seed, preset, base, resume, device, subset, **options) -> None:
+    def command(data, out, seed, preset, base, critic, resume, device, subset, **options) -> None:
         given = {k: v for k, v in options.items() if v is not None}
         try:
             run = dgf.train(
@@ -61,6 +69,7 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
                 seed=seed,
                 preset=preset,
                 base=base,
+                critic=critic,
                 resume=resume,
                 device=device,
                 subset=subset,
@@ -77,7 +86,8 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
         "out": (None, Annotated[Path | None, typer.Option(help="directory of the run [default: runs/METHOD-DATA]")]),
         "seed": (0, Seed),
         "preset": (None, Annotated[str | None, typer.Option(help=f"named settings: {presets}")]),
-        "base": (None, Annotated[Path | None, typer.Option(help="run to start from (fine-tuning methods)")]),
+        "base": (None, Annotated[Path | None, typer.Option(help="run whose denoiser to start from")]),
+        "critic": (None, Annotated[Path | None, typer.Option(help="run whose critic to start from")]),
         "resume": (
             False,
             Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint, bit for bit")],
@@ -102,6 +112,7 @@ def sample(
     run: Annotated[Path, typer.Argument(help="directory of a run")],
     n: Annotated[int, typer.Option(help="how many")] = 64,
     seed: Seed = 0,
+    label: Annotated[int | None, typer.Option(help="class of the samples [default: in turn]")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="a .png (grid, scatter) or .npz (uint8 NHWC, points) [default: RUN/samples/seed-S.png]"),
@@ -113,7 +124,7 @@ def sample(
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
     source = dgf.load(run, device=device)
-    samples = source.sample(n, seed)
+    samples = source.sample(n, seed, labels=label)
     if samples.ndim == 2 and out.suffix == ".png":
         report.scatter(samples, out, source.reference().values if source.named else None)
     elif out.suffix == ".png":

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
-from diffgan_fast import report
+from diffgan_fast import files, report
 from diffgan_fast.api import train
-from diffgan_fast.report import files
 from diffgan_fast.report.html import block, page, paragraph, picture
 from diffgan_fast.run import Run
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffgan_fast import data as data_sets
-from diffgan_fast import methods, random
+from diffgan_fast import files, methods, random
 from diffgan_fast import metrics as measures
 from diffgan_fast.engine import Method, State, checkpoint
 
@@ -88,23 +88,44 @@ class Run:
         return isinstance(self._data, str) and self._data in data_sets.datasets()
 
     def sample(
-        self, n: int, seed: int = 0, first: int = 0, *, ema: bool = True, batch: int | None = None
+        self,
+        n: int,
+        seed: int = 0,
+        first: int = 0,
+        *,
+        ema: bool = True,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        batch: int | None = None,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
 
         Args:
             n: how many, at least 1.
             ema: from the averaged weights, if the run has them.
+            labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
 
         Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        if labels is not None:
+            labels = torch.as_tensor(labels)
+            top, whole = self.method.num_classes - 1, labels.dtype == torch.int64
+            if not whole or labels.shape not in ((), (n,)) or not 0 <= labels.min() <= labels.max() <= top:
+                raise ValueError(f"labels must be one int or {n} ints in 0..{top}, got {labels.tolist()}")
+            labels = labels.expand(n)
         batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
         key = random.fold_in(random.key(seed), "sample")
         parts = [
-            self.method.sample(self.state, min(batch, n - i), key, first=first + i, ema=ema).cpu()
+            self.method.sample(
+                self.state,
+                min(batch, n - i),
+                key,
+                first=first + i,
+                ema=ema,
+                labels=None if labels is None else labels[i : i + batch],
+            ).cpu()
             for i in range(0, n, batch)
         ]
         return torch.cat(parts)
@@ -135,7 +156,7 @@ class Run:
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
             result |= {} if loss is None else {"eval_loss": loss}
         result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed}
-        checkpoint.write_text(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        files.write(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
 
     def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
@@ -153,7 +174,7 @@ class Run:
         path = Path(path)
         if path.exists():
             raise ValueError(f"path {path} exists already")
-        name = self.method.averaged[0]
+        name = self.state.generating[0]
         weights = {k: v.contiguous().cpu() for k, v in self.state.sampling_net(name, ema).state_dict().items()}
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
@@ -168,7 +189,7 @@ def load(path: str | Path, *, data: Any = None, device: str | torch.device = "au
     Args:
         path: the run's directory.
         data: the data it was trained on, where that was no named data set (needed only to evaluate).
-        given: networks that were passed to `train` as `model=` or `critic=`, of the same architecture.
+        given: networks that were passed to `train` as `model=`, `critic=` or `generator=`, of the same architecture.
 
     Raises: ValueError if the directory holds no run, or the networks do not fit.
     """

@@ -11,17 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffgan_fast import files
 from diffgan_fast.engine.state import State
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
 
 
 def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
@@ -35,7 +26,7 @@ def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
     trained = {name: optimizer.names for name, optimizer in state.optimizers.items()}
     facts = {"step": state.step, "updates": state.updates, "trained": trained, **extra}
-    write_text(part / "state.json", json.dumps(facts, indent=1) + "\n")
+    files.write(part / "state.json", json.dumps(facts, indent=1) + "\n")
     for file in part.iterdir():
         with open(file, "rb") as f:
             os.fsync(f.fileno())

@@ -78,7 +78,14 @@ def _checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        hint = next(a for a in args if a is not type(None))
+        kinds = [a for a in args if a is not type(None)]
+        literal = [a for a in kinds if typing.get_origin(a) is Literal]
+        if literal and value in typing.get_args(literal[0]):
+            return value
+        if literal and not isinstance(value, kinds[-1]):
+            words = ", ".join(map(repr, typing.get_args(literal[0])))
+            raise ValueError(f"{f.name} must be {words} or {kinds[-1].__name__}, got {value!r}")
+        hint = kinds[-1]
         origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -27,13 +28,14 @@ class Method(ABC):
     """One training method. A subclass is one file that reads like the algorithm box of its paper.
 
     Attributes: `name` and `help` (for lists and the command line), `Config` (its settings), `fine_tunes` (whether it
-    starts from a trained `ddpm`).
+    starts from a trained `ddpm`), `has_denoiser` (whether it may start from another run's denoiser).
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     Config: ClassVar[type[TrainConfig]]
     fine_tunes: ClassVar[bool] = False
+    has_denoiser: ClassVar[bool] = False
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
         self.config, self.shape, self.num_classes = config, shape, num_classes
@@ -46,13 +48,34 @@ class Method(ABC):
     def optimizers(self, nets: dict[str, nn.Module]) -> dict[str, FlatAdamW]:
         """The optimiser of each network that trains."""
 
+    def prepare(self, state: State, key: int, folder: Path) -> None:  # noqa: B027 (a hook that most leave empty)
+        """What has to be done before the first step of a run, or of what is left of it. Nothing by default."""
+
     @abstractmethod
     def step(self, state: State, batch: Batch, key: int) -> dict[str, torch.Tensor]:
         """One training step. Returns the scalars to log, on the device."""
 
     @abstractmethod
-    def sample(self, state: State, n: int, key: int, *, first: int = 0, ema: bool = True) -> torch.Tensor:
-        """Samples first … first + n of the endless sequence that `key` names: [n, …], images in [-1, 1]."""
+    def sample(
+        self,
+        state: State,
+        n: int,
+        key: int,
+        *,
+        first: int = 0,
+        ema: bool = True,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Samples first … first + n of the endless sequence that `key` names: [n, …], images in [-1, 1].
+
+        labels: int64 [n], the classes of the samples where the method has them; by default in turn. ValueError if it
+        has none.
+        """
+
+    @classmethod
+    def pretrained_critic(cls, config: TrainConfig) -> str | None:
+        """The method whose critic this one's starts from, if it does: it is trained first where none is given."""
+        return None
 
     @property
     def averaged(self) -> tuple[str, ...]:

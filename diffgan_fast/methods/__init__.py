@@ -7,12 +7,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
-from diffgan_fast.methods import ddpm, gan_enhanced, method3, method35
+from diffgan_fast.methods import ddpm, gan, gan_enhanced, guidance, method1, method2, method3, method4, method35
 
-_KINDS: tuple[type[Method], ...] = (ddpm.DDPM, method3.Method3, method35.Method35, gan_enhanced.GANEnhanced)
+_KINDS: tuple[type[Method], ...] = (
+    ddpm.DDPM,
+    method1.Method1,
+    method2.Method2,
+    method3.Method3,
+    method35.Method35,
+    method4.Method4,
+    guidance.DiscriminatorGuidance,
+    gan_enhanced.GANEnhanced,
+    gan.GAN,
+)
 _ALL = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["ddpm", "find", "gan_enhanced", "method3", "method35"]
+__all__ = ["ddpm", "find", "gan", "gan_enhanced", "guidance", "method1", "method2", "method3", "method35", "method4"]
 
 
 def find(name: str) -> type[Method]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffgan_fast import nets, random
-from diffgan_fast.engine import Method, State, TrainConfig, evaluating, option
+from diffgan_fast.engine import Batch, Method, State, TrainConfig, evaluating, option
 from diffgan_fast.ops import add_noise, denoising_loss, support
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
@@ -42,6 +42,10 @@ class DiffusionConfig(TrainConfig):
         None, "channels of the U-Net's first level, or width of the MLP (none: as the network has them)", low=1
     )
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=1)
+    conditional: bool = option(False, "the denoiser is told each image's class")
+    label_dropout: float = option(
+        0.1, "share of the images that a conditional denoiser is trained on without their class", low=0, high=1
+    )
     T: int = option(300, "diffusion steps", unit="steps", low=1)
     schedule: Literal["linear-scaled", "linear", "quadratic", "cosine"] = option(
         "linear-scaled",
@@ -58,11 +62,16 @@ class DiffusionConfig(TrainConfig):
     eta: float = option(0.0, "noise of the ddim sampler", low=0, high=1)
     variance: Variance = option("beta", "variance of the ddpm sampler")
     clip_x0: bool = option(True, "clamp the reconstruction to [-1, 1] while sampling (images)")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of a conditional denoiser while sampling (1: none, 0: no class)", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clip_x0 and self.data_range == "unit":
             raise ValueError("clip_x0 clamps to [-1, 1]: with data_range='unit' it must be False")
+        if self.guidance_scale != 1.0 and not self.conditional:
+            raise ValueError(f"guidance_scale must be 1 unless conditional is True, got {self.guidance_scale}")
 
 
 # All that says what the denoiser is and how it is sampled: what a fine-tuned run takes over from its base.
@@ -73,6 +82,7 @@ class DiffusionMethod(Method):
     """Base of the methods whose generating network is a denoiser."""
 
     Config: ClassVar[type[TrainConfig]] = DiffusionConfig
+    has_denoiser = True
     config: DiffusionConfig
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
@@ -95,12 +105,23 @@ class DiffusionMethod(Method):
                 f"data must be {needed} for method {self.name!r} with network={kind!r}, got shape {list(self.shape)}"
             )
         if kind == "mlp":
+            if self.config.conditional:
+                raise ValueError("conditional must be False for points: their denoiser takes no class")
             return nets.MLPDenoiser(self.shape[0], width or 256)
+        if self.config.conditional and not self.num_classes:
+            raise ValueError("conditional must be False: the data have no labels")
         channels, size, _ = self.shape
+        classes = self.num_classes if self.config.conditional else 0
         if kind == "student":
-            return nets.StudentUNet(channels, T=self.config.T)
-        chosen = {} if width is None else {"width": width}
+            return nets.StudentUNet(channels, classes, T=self.config.T)
+        chosen = {"num_classes": classes} | ({} if width is None else {"width": width})
         return nets.UNet.preset(size, channels, dropout=self.config.dropout, **chosen)
+
+    def image_size(self) -> tuple[int, int]:
+        """Channels and size of the images, for a critic of images. ValueError for other data."""
+        if self.points or self.shape[1] != self.shape[2]:
+            raise ValueError(f"data must be images [N, C, S, S] for method {self.name!r}, got {list(self.shape)}")
+        return self.shape[0], self.shape[1]
 
     def to_model(self, x: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] in the range that the denoiser works in; points as they are."""
@@ -116,23 +137,60 @@ class DiffusionMethod(Method):
         """t ~ U{1..T} for each sample."""
         return 1 + random.randint(self.schedule.T, n, random.fold_in(key, "t"), first=first_sample, device=device)
 
-    def sample(self, state: State, n: int, key: int, *, first: int = 0, ema: bool = True, on_step=None) -> torch.Tensor:
-        c, net = self.config, state.sampling_net("denoiser", ema)
+    def condition(self, labels: torch.Tensor | None, key: int | None = None, first_sample: int = 0) -> dict[str, Any]:
+        """What a conditional denoiser is told beside x_t and t, {"y": labels [N]}; other denoisers nothing.
+
+        With a key, as in training, a share `label_dropout` of the labels becomes "no label" (Ho and Salimans 2022,
+        Algorithm 1).
+        """
+        if not self.config.conditional:
+            return {}
+        if labels is None:
+            raise ValueError("conditional must be False: the batch has no labels")
+        if key is not None:
+            u = random.uniform(labels.shape, random.fold_in(key, "label"), first=first_sample, device=labels.device)
+            labels = torch.where(u < self.config.label_dropout, self.num_classes, labels)
+        return {"y": labels}
+
+    def guidance(self, labels: torch.Tensor | None) -> dict[str, Any]:
+        """`cond` and `uncond` of a sampler or a chain for these labels [N]."""
+        cond = self.condition(labels)
+        return {"cond": cond, "uncond": {k: torch.full_like(v, self.num_classes) for k, v in cond.items()}}
+
+    def reverse(self, state: State) -> dict[str, Any]:
+        """How samples are drawn: keywords of `sampling.Reverse`."""
+        c = self.config
+        return dict(
+            sampler=c.sampler,
+            steps=c.sample_steps,
+            eta=c.eta,
+            variance=c.variance,
+            prediction=c.prediction,
+            clip_x0=c.clip_x0 and not self.points,
+            guidance_scale=c.guidance_scale,
+        )
+
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None, on_step=None):
+        return self.draw(state, n, key, self.reverse(state), first=first, ema=ema, labels=labels, on_step=on_step)
+
+    def draw(self, state, n, key, reverse, *, first=0, ema=True, labels=None, on_step=None):
+        """As `sample`, by the steps that `reverse` says."""
+        net = state.sampling_net("denoiser", ema)
         device = next(net.parameters()).device
-        with evaluating(net):
+        if self.config.conditional:
+            labels = (torch.arange(first, first + n) % self.num_classes if labels is None else labels).to(device)
+        elif labels is not None:
+            raise ValueError("labels must be None: this run's denoiser is told no class")
+        with evaluating(*state.nets.values(), net):
             x = sample(
                 net,
                 (n, *self.shape),
                 self.schedule,
                 key,
-                sampler=c.sampler,
-                steps=c.sample_steps,
-                eta=c.eta,
-                variance=c.variance,
-                prediction=c.prediction,
-                clip_x0=c.clip_x0 and not self.points,
+                **self.guidance(labels),
+                **reverse,
                 first_sample=first,
-                channels_last=c.channels_last,
+                channels_last=self.config.channels_last,
                 device=device,
                 on_step=on_step,
             )
@@ -206,23 +264,21 @@ def reconstruction(
 
 
 @torch.no_grad()
-def noise_levels(
-    method: DiffusionMethod, net: nn.Module, x: torch.Tensor, key: int, levels: int = 10
-) -> dict[str, list]:
+def noise_levels(method: DiffusionMethod, net: nn.Module, batch: Batch, key: int, levels: int = 10) -> dict[str, list]:
     """How well a denoiser predicts the noise at evenly spaced t: {"t", "mse", "log_var_eps"}, a list each.
 
     log_var_eps is the log variance of eps_hat; for one that is constant, log 1e-6. The Bayes-optimal one lies below 0
     (for N(0, 1) data it is log(1 - abar_t)), so a critic that sees the output alone can tell even a perfect denoiser
     from noise.
     """
-    T = method.schedule.T
+    T, x, cond = method.schedule.T, method.to_model(batch.x), method.condition(batch.labels)
     steps = sorted({max(1, round(T * (i + 1) / levels)) for i in range(levels)})
     rows: dict[str, list] = {"t": steps, "mse": [], "log_var_eps": []}
     with evaluating(net):
         for t in steps:
             x_t, eps = add_noise(x, t, method.schedule, random.fold_in(key, t), return_noise=True)
             told = torch.full((len(x),), t, device=x.device)
-            eps_hat = predicted_noise(net(x_t, told), x_t, told, method.schedule, method.config.prediction)
+            eps_hat = predicted_noise(net(x_t, told, **cond), x_t, told, method.schedule, method.config.prediction)
             rows["mse"].append(float((eps_hat - eps).square().mean()))
             rows["log_var_eps"].append(float(eps_hat.var().clamp_min(1e-6).log()))
     return rows

@@ -11,9 +11,9 @@ published run is plain diffusion (`variant="as-coded"`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -41,6 +41,7 @@ def losses(
     schedule: Schedule,
     key: int,
     *,
+    cond: Mapping[str, Any] | None = None,
     variant: Variant = "paper",
     judged: Judged = "x0",
     prediction: Prediction = "eps",
@@ -57,6 +58,7 @@ def losses(
         critic: logits [N] = critic(x, t=t, x_t=x_t); it takes of t and x_t what it wants. None: plain diffusion.
         x0, t, schedule, first_sample: as for `ops.add_noise`; t in 1..T.
         key: of the step; x_t has the noise of `fold_in(key, "noise")`.
+        cond: what else the denoiser takes, by name.
         variant, judged, gan_loss, adv_weight, gp_weight, snr_weight: as the options of the method.
 
     Returns:
@@ -65,7 +67,7 @@ def losses(
     """
     noise_key = random.fold_in(key, "noise")
     x_t = add_noise(x0, t, schedule, noise_key, first_sample=first_sample)
-    out = denoiser(x_t, t).to(x0.dtype)
+    out = denoiser(x_t, t, **(cond or {})).to(x0.dtype)
 
     mse = denoising_loss(out, x0, t, schedule, noise_key, prediction=prediction, first_sample=first_sample)
     if critic is None:
@@ -185,6 +187,7 @@ class GANEnhanced(DiffusionMethod):
             self.draw_t(len(x0), key, first, x0.device),
             self.schedule,
             key,
+            cond=self.condition(batch.labels, key, first),
             variant=c.variant,
             judged=c.judged,
             prediction=c.prediction,
@@ -203,4 +206,4 @@ class GANEnhanced(DiffusionMethod):
         return logged
 
     def diagnose(self, state, batch, key):
-        return noise_levels(self, state.sampling_net("denoiser"), self.to_model(batch.x), key)
+        return noise_levels(self, state.sampling_net("denoiser"), batch, key)

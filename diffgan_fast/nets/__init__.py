@@ -7,6 +7,7 @@ from .embedding import sinusoidal
 from .mlp import MLPCritic, MLPDenoiser
 from .student import StudentUNet
 from .unet import UNet
+from .weights import load_weights
 
 __all__ = [
     "Critic",
@@ -19,5 +20,6 @@ __all__ = [
     "from_diffusers",
     "init_dcgan",
     "is_main_of_join",
+    "load_weights",
     "sinusoidal",
 ]

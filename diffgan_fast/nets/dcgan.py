@@ -32,6 +32,7 @@ class DCGANCritic(Critic):
         channels: of `x`, and of `x_t`.
         size: height and width in pixels, at least 4.
         width: channels after the first conv.
+        depth: convs at each resolution: after a strided one depth - 1 of 3x3, each with norm and LeakyReLU.
         norm: "batch", "layer" (over channels and pixels, with a scale and shift per channel), or None. For a
             gradient penalty take "layer" or None: under batch norm a logit depends on the other samples.
         inputs, T: as for `Critic`.
@@ -50,13 +51,14 @@ class DCGANCritic(Critic):
         size: int,
         *,
         width: int = 64,
+        depth: int = 1,
         norm: str | None = "batch",
         inputs: tuple[str, ...] = ("x",),
         T: int | None = None,
         init: str = "default",
     ):
         super().__init__(inputs, T)
-        check_at_least(1, channels=channels, width=width)
+        check_at_least(1, channels=channels, width=width, depth=depth)
         check_at_least(4, size=size)
         if init not in ("default", "dcgan"):
             raise ValueError(f"init is {init!r}; it may be 'default' or 'dcgan'")
@@ -70,6 +72,8 @@ class DCGANCritic(Critic):
             if len(layers) > 1:
                 layers.extend(_norm(norm, out))
             layers.append(nn.LeakyReLU(0.2))
+            for _ in range(depth - 1):
+                layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), *_norm(norm, out), nn.LeakyReLU(0.2)]
             here, out, size = out, min(2 * out, 8 * width), size // 2
         kernel, padding = (2, 0) if size == 2 else (4, 1)
         layers.append(nn.Conv2d(here, 1, kernel, stride=2, padding=padding, bias=False))

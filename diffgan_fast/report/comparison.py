@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import files
+from .. import files
 from .html import block, page, paragraph, picture
 from .scores import compared, score_notes
 from .table import Columns, html_table

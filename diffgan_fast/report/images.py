@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .. import files
 from ..data import to_uint8
-from . import files
 
 GAP = 2  # pixels between cells
 GREY = 128  # of gaps, empty cells and labels: seen on black and on white

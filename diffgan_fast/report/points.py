@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import files
+from .. import files
 from .plots import COLOURS, INK
 
 Kind = Literal["scatter", "density"]

@@ -6,7 +6,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from . import files
+from .. import files
 from .html import Section, block, page, paragraph, picture, settings, tiles
 from .plots import curves, levels
 from .scores import SCORE_COLUMNS, recognisable_digits, score_notes, score_rows

@@ -1,6 +1,7 @@
 import torch
 
 import diffgan_fast as dgf
+from diffgan_fast.engine import Batch
 from diffgan_fast.methods import diffusion
 from tests.ops import oracle
 
@@ -84,7 +85,7 @@ def test_a_trained_denoiser_reaches_the_best_loss_on_gaussian_data(tmp_path):
     abar = run.method.schedule.alphas_cumprod[1:]
     best = float((abar * 0.25 / (abar * 0.25 + 1 - abar)).mean())
     assert abs(run.history[-1]["loss"] - best) < 0.02
-    levels = diffusion.noise_levels(run.method, run.state.sampling_net("denoiser"), data[:1000], 5)
+    levels = diffusion.noise_levels(run.method, run.state.sampling_net("denoiser"), Batch(data[:1000]), 5)
     for t, mse in zip(levels["t"], levels["mse"], strict=True):
         a = float(run.method.schedule.alphas_cumprod[t])
         assert abs(mse - a * 0.25 / (a * 0.25 + 1 - a)) < 0.05

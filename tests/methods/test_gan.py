@@ -1,0 +1,193 @@
+"""The plain GAN against its algorithm written out in plain torch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import diffgan_fast as dgf
+from diffgan_fast import nets
+from diffgan_fast.engine import Batch, State
+from tests.ops import oracle
+
+SMALL = dict(width=8, critic_width=8, batch_size=16, log_every=2, sample_every=0, checkpoint_every=0, progress=False)
+GAN = dgf.methods.find("gan")
+
+
+def make(shape=(1, 8, 8), given=None, **options):
+    """The method and its state."""
+    method = GAN(GAN.Config(**{"width": 4, "critic_width": 4, **options}), shape)
+    networks = method.networks(given or {})
+    return method, State(networks, method.optimizers(networks), method.averaged, method.config)
+
+
+def gradient(loss, net):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
+
+
+def test_losses_follow_the_algorithm():
+    _, state = make((3, 10, 10))
+    generator, critic = (state[name].double() for name in ("generator", "critic"))
+    x0, z = torch.rand(6, 3, 10, 10, dtype=torch.float64) * 2 - 1, torch.randn(6, 100, dtype=torch.float64)
+    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z)
+    fake = generator(z)
+
+    want = -critic(x0).sigmoid().log().mean() - (1 - critic(fake.detach()).sigmoid()).log().mean()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient(loss, critic), gradient(want, critic))
+    with torch.no_grad():
+        critic.main[0].weight.mul_(-1)  # stands for the critic's update
+    want = -critic(fake).sigmoid().log().mean()
+    got = fooled()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradient(got, generator), gradient(want, generator))
+
+    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z)
+    loss.backward()
+    assert all(p.grad is None for p in generator.parameters())
+    before = [p.grad.clone() for p in critic.parameters()]
+    fooled().backward()
+    assert all(torch.equal(p.grad, g) and p.requires_grad for p, g in zip(critic.parameters(), before, strict=True))
+
+
+def test_other_losses_are_the_named_ones():
+    x0, z = torch.rand(4, 1, 8, 8), torch.randn(4, 3)
+    generator, critic = lambda z: z.sum(1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), lambda x: x.sum((1, 2, 3))
+    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z, gan_loss="wgan")
+    torch.testing.assert_close(loss, 64 * z.sum(1).mean() - x0.sum((1, 2, 3)).mean())
+    torch.testing.assert_close(fooled(), -64 * z.sum(1).mean())
+
+
+@pytest.mark.parametrize(
+    "gan_loss, loss",
+    [("nonsaturating", nn.BCEWithLogitsLoss()), ("lsgan", lambda *a: 0.5 * nn.functional.mse_loss(*a))],
+)
+def test_steps_are_those_of_plain_torch(gan_loss, loss):
+    """Two steps: weights, running statistics and the count of forward passes that they hold."""
+    method, state = make(lr=1e-3, critic_lr=5e-4, gan_loss=gan_loss)
+    generator, critic = copy.deepcopy(state["generator"]), copy.deepcopy(state["critic"])
+    g_optimizer = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    d_optimizer = torch.optim.Adam(critic.parameters(), 5e-4, betas=(0.5, 0.999))
+    for key in (7, 8):
+        x0 = torch.rand(16, 1, 8, 8) * 2 - 1
+        logged = method.step(state, Batch(x0), key)
+
+        fake = generator(dgf.random.normal((16, 100), dgf.random.fold_in(key, "z")))
+        d_loss = loss(critic(x0), torch.ones(16)) + loss(critic(fake.detach()), torch.zeros(16))
+        d_optimizer.zero_grad()
+        d_loss.backward()
+        d_optimizer.step()
+        g_loss = loss(critic(fake), torch.ones(16))
+        g_optimizer.zero_grad()
+        g_loss.backward()
+        g_optimizer.step()
+        torch.testing.assert_close(logged, {"critic_loss": d_loss, "generator_loss": g_loss})
+    for name, net in (("generator", generator), ("critic", critic)):
+        torch.testing.assert_close(state[name].state_dict(), net.state_dict(), rtol=0, atol=2e-6, msg=name)
+    assert generator.main[1].num_batches_tracked == 2  # one forward pass a step
+
+
+class Recording(nn.Module):
+    """A generator that remembers its latents, and whose images know no bounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.seen = nn.Parameter(torch.ones(())), []
+
+    def forward(self, z):
+        self.seen.append(z)
+        return (self.scale * z[:, :1]).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+
+def test_a_split_batch_sees_the_same_latents():
+    generator = Recording()
+    method, state = make(given={"generator": generator}, z_dim=5)
+    x0 = torch.rand(7, 1, 8, 8)
+    method.step(state, Batch(x0), 3)
+    method.step(state, Batch(x0[:3]), 3)
+    method.step(state, Batch(x0[3:], first_sample=3), 3)
+    whole, *parts = generator.seen
+    assert torch.equal(torch.cat(parts), whole)
+    want = torch.tensor(oracle.normal(35, dgf.random.fold_in(3, "z")), dtype=torch.float32).view(7, 5)
+    torch.testing.assert_close(whole, want, rtol=0, atol=5e-6)
+
+
+def test_own_networks_are_taken():
+    given = {"generator": Recording(), "critic": nets.DCGANCritic(1, 8, width=4, norm=None)}
+    method, state = make(given=given)
+    assert state.nets == given
+    x = method.sample(state, 50, 1, ema=False)
+    assert x.min() == -1 and x.max() == 1 and not x.requires_grad
+
+
+def test_samples_are_numbered_and_change_nothing():
+    generator = nets.DCGANGenerator(3, 8, width=4).to(memory_format=torch.channels_last)
+    method, state = make((3, 8, 8), given={"generator": generator}, ema=0.5)
+    for key in range(3):
+        method.step(state, Batch(torch.rand(16, 3, 8, 8)), key)
+    before = copy.deepcopy(state["generator"].state_dict())
+    for ema in (True, False):
+        whole = method.sample(state, 7, 5, ema=ema)
+        assert whole.shape == (7, 3, 8, 8) and whole.dtype == torch.float32 and whole.is_contiguous()
+        torch.testing.assert_close(method.sample(state, 3, 5, first=4, ema=ema), whole[4:])
+        assert not torch.allclose(method.sample(state, 7, 6, ema=ema), whole)
+    assert not torch.equal(method.sample(state, 7, 5), method.sample(state, 7, 5, ema=False))
+    with pytest.raises(ValueError, match="labels must be None"):
+        method.sample(state, 7, 5, labels=torch.zeros(7, dtype=torch.int64))
+    assert state["generator"].training
+    torch.testing.assert_close(state["generator"].state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_preset_is_the_published_configuration():
+    config = GAN.Config.make("dcgan")
+    assert config.steps * config.batch_size == 100 * 60_000
+    assert (config.batch_size, config.lr, config.critic_lr, config.ema) == (64, 2e-4, 2e-4, 0)
+    method = GAN(config, (1, 28, 28))
+    networks = method.networks({})
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+    assert counts == {"generator": 3_573_696, "critic": 661_248}
+    for conv in (networks["generator"].main[3], networks["critic"].main[5]):
+        assert float(conv.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
+    assert all(o.param_groups[0]["betas"] == (0.5, 0.999) for o in method.optimizers(networks).values())
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 10), (1, 9, 9), (1, 6, 6)])
+def test_other_data_are_refused(shape):
+    with pytest.raises(ValueError, match="data must be square images"):
+        make(shape)
+
+
+def test_resuming_is_exact(tmp_path):
+    whole = dgf.train("gan", out=tmp_path / "whole", steps=8, **SMALL)
+
+    def stop(run, row):
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    options = SMALL | dict(checkpoint_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        dgf.train("gan", out=tmp_path / "cut", steps=8, callbacks=[stop], **options)
+    cut = dgf.train("gan", out=tmp_path / "cut", steps=8, resume=True, **options)
+    for name in ("generator", "critic"):
+        torch.testing.assert_close(cut.state[name].state_dict(), whole.state[name].state_dict(), rtol=0, atol=0)
+    assert torch.equal(cut.sample(5), whole.sample(5))
+    assert torch.equal(dgf.load(tmp_path / "cut").sample(5), whole.sample(5))
+
+
+def test_it_learns_the_digits():
+    """The samples' mean image nears that of the data, and their spread grows from next to nothing."""
+    data = dgf.data.load("digits").batch(slice(None))
+    method, state = make(width=8, critic_width=16, lr=1e-3, critic_lr=1e-3, ema=0.0)
+
+    def measure():
+        x = method.sample(state, 1000, 1)
+        return (x.mean(0) - data.mean(0)).abs().mean(), x.std(0).mean() / data.std(0).mean()
+
+    distance, spread = measure()
+    for step in range(200):
+        index = dgf.random.randint(len(data), 32, dgf.random.fold_in(0, step))
+        method.step(state, Batch(data[index]), step)
+    trained_distance, trained_spread = measure()
+    assert trained_distance < 0.6 * distance
+    assert spread < 0.1 and 0.4 < trained_spread < 1.2
