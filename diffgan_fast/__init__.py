@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from diffgan_fast import data, metrics, nets, ops, random
-from diffgan_fast.api import compare, train
+from diffgan_fast.api import compare, plan, train
 from diffgan_fast.backends import BackendError, backend, info
 from diffgan_fast.chain import denoise_chain
 from diffgan_fast.data import datasets
@@ -33,6 +33,7 @@ __all__ = [
     "metrics",
     "nets",
     "ops",
+    "plan",
     "random",
     "sample",
     "train",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffgan_fast import backends, files, random, report
+from diffgan_fast import backends, files, planning, random, report
 from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, checkpoint
 from diffgan_fast.methods import find as find_method
@@ -64,16 +64,21 @@ def train(
         subset: train on that many samples of the data, a fixed choice.
         callbacks: called as callback(run, row) after each logged row.
         progress: show a progress bar.
-        options: fields of the method's config, for example steps=, batch_size=, lr=.
+        options: fields of the method's config, for example steps=, batch_size=, lr=. batch_size="auto" is the largest
+            that fits into the free memory, but no more than there are samples (see `plan`).
 
     Raises:
         ValueError: an argument is not what it may be; `out` holds a run and resume is False.
-        TrainingError: a loss is not finite; the step and the last good checkpoint are named.
+        TrainingError: a loss is not finite, or memory is out; the step and the last good checkpoint are named.
         KeyboardInterrupt: after a checkpoint was written.
     """
+    if automatic := options.get("batch_size") == "auto":
+        del options["batch_size"]
     start = _resolve(method, data, preset, base, critic, model, generator, device, subset, options)
-    kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
     folder = Path(out) if out is not None else Path("runs") / f"{method}-{start.data.name}"
+    if automatic:
+        start.method = _with_largest_batch(start, folder, seed)
+    kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
     settings = _settings(start, seed, subset)
     resuming = _prepare(folder, settings, resume)
     common = dict(seed=seed, device=device, subset=subset, progress=progress)
@@ -118,6 +123,32 @@ def train(
         files.write(folder / "levels.json", json.dumps(curves) + "\n")
     report.write_run(folder)
     return run
+
+
+def plan(
+    method: str,
+    data: Any = "digits",
+    *,
+    seed: int = 0,
+    preset: str | None = None,
+    base: Run | str | Path | None = None,
+    device: str | torch.device = "auto",
+    model: nn.Module | None = None,
+    critic: nn.Module | Run | str | Path | None = None,
+    generator: nn.Module | None = None,
+    subset: int | None = None,
+    **options: Any,
+) -> planning.Plan:
+    """What `train` with these arguments will take, before it is run: memory and time, and which `recompute` fits.
+
+    A few steps of the method are run, with short chains for methods 1 and 2, on copies of the networks; nothing is
+    written. Memory counts tensors: workspaces of libraries come on top.
+
+    Returns: a `Plan`; print it.
+    Raises: ValueError as `train`; torch.OutOfMemoryError if even a short chain does not fit.
+    """
+    start = _resolve(method, data, preset, base, critic, model, generator, device, subset, options)
+    return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
 
 
 def compare(
@@ -259,6 +290,18 @@ def _identity(run: Run | None, name: str) -> dict[str, Any] | None:
     if name not in run.state.nets:
         raise ValueError(f"run {run.path} has no {name}")
     return {"step": run.state.step, "weights": fingerprint(run.state.sampling_net(name))}
+
+
+def _with_largest_batch(start: _Start, folder: Path, seed: int) -> Method:
+    """The method with the batch size that its run in `folder` has, or with the largest that fits."""
+    path = folder / "config.json"
+    if path.exists():
+        size = json.loads(path.read_text())["config"]["batch_size"]
+    else:
+        networks = lambda: copy.deepcopy(start.networks())  # noqa: E731
+        size = planning.largest_batch(start.method, networks, seed, start.device, len(start.data))
+    config = dataclasses.replace(start.method.config, batch_size=size)
+    return type(start.method)(config, start.method.shape, start.method.num_classes)
 
 
 def _dictated(run: Run | None, names: Sequence[str], source: str) -> dict[str, tuple[Any, str]]:

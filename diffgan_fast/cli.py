@@ -59,22 +59,13 @@ def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
 
 
 def _add_train_command(name: str, config: type[TrainConfig]) -> None:
-    def command(data, out, seed, preset, base, critic, resume, device, subset, **options) -> None:
+    def command(data, out, plan, resume, **options) -> None:
         given = {k: v for k, v in options.items() if v is not None}
+        if plan:
+            typer.echo(dgf.plan(name, data, **given))
+            return
         try:
-            run = dgf.train(
-                name,
-                data,
-                out,
-                seed=seed,
-                preset=preset,
-                base=base,
-                critic=critic,
-                resume=resume,
-                device=device,
-                subset=subset,
-                **given,
-            )
+            run = dgf.train(name, data, out, resume=resume, **given)
         except KeyboardInterrupt:
             typer.echo("stopped; a checkpoint is written. The same command with --resume goes on from it.", err=True)
             raise typer.Exit(130) from None
@@ -92,6 +83,7 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
             False,
             Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint, bit for bit")],
         ),
+        "plan": (False, Annotated[bool, typer.Option("--plan", help="say what it will take, and do not train")]),
         "device": ("auto", Device),
         "subset": (None, Annotated[int | None, typer.Option(help="train on so many samples, a fixed choice")]),
     }

@@ -23,7 +23,7 @@ from diffgan_fast.engine.state import State
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a loss is not finite."""
+    """Training cannot go on: a loss is not finite, or memory is out."""
 
 
 class Loop:
@@ -98,7 +98,12 @@ class Loop:
         c, state = self.config, self.state
         key = random.fold_in(self.seed_key, "step", state.step)
         torch.manual_seed(random.fold_in(key, "torch"))  # dropout and the like
-        losses = self.method.step(state, self.feed.batch(state.step), key)
+        try:
+            losses = self.method.step(state, self.feed.batch(state.step), key)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise TrainingError(self._out_of_memory()) from error
         self._pending.append({k: v.detach() for k, v in losses.items()})
         state.step += 1
         bar.update()
@@ -142,6 +147,14 @@ class Loop:
                     self._fail(name, step)
             self.unlogged.append(values)
         self._pending.clear()
+
+    def _out_of_memory(self) -> str:
+        c, how = self.config, getattr(self.config, "recompute", None)
+        chain = ", or recompute='step' or an int" if how == "none" else ""
+        return (
+            f"out of memory at step {self.state.step + 1}: take a batch_size below {c.batch_size}{chain}; "
+            f"dgf.plan({self.method.name!r}, …) says what fits, and batch_size='auto' takes what does"
+        )
 
     def _fail(self, what: str, step: int) -> NoReturn:
         kept = checkpoint.steps(self.folder)

@@ -1,0 +1,114 @@
+"""The plan of a run: what is counted against what is known, and what is extrapolated against whole chains."""
+
+import pytest
+import torch
+
+import diffgan_fast as dgf
+from diffgan_fast import planning
+
+CPU = torch.device("cpu")
+SMALL = dict(width=8, T=30, subset=64, critic_width=8, critic_start="scratch")
+
+
+def test_the_peak_counts_tensors_alive_at_the_same_time():
+    w = torch.randn(100, 100, requires_grad=True)
+
+    def call():
+        x = torch.randn(100, 100)  # one
+        for _ in range(5):
+            torch.randn(200, 100)  # two more, freed each time
+        y = (x @ w).relu()  # product and its relu, of which the product goes
+        y.sum().backward()  # the gradient of y, of the product (the same shape), of w
+
+    unit = 100 * 100 * 4
+    assert 4 * unit <= planning._peak(call, CPU) <= 5.1 * unit
+
+
+@pytest.mark.parametrize("how", ["none", "step", 5])
+def test_the_extrapolation_meets_the_whole_chain(how):
+    kind = dgf.methods.find("method2")
+    config = kind.Config.make(batch_size=16, **{k: v for k, v in SMALL.items() if k != "subset"})
+    method = kind(config, (1, 8, 8))
+    plan = planning.measure(method, dict, 0, CPU)
+    row = next(row for row in plan.rows if row.recompute == how)
+    whole = kind(kind.Config.make(**{**config.to_dict(), "recompute": how}), (1, 8, 8))
+    peak, _ = planning._probe(whole, {}, 0, CPU)
+    assert row.peak == pytest.approx(peak, rel=0.03)
+    assert row.seconds > 0 and plan.fits(row)
+
+
+def test_a_plan_writes_nothing_and_leaves_the_networks_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = dgf.nets.UNet.preset(8, 1, width=8)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    plan = dgf.plan("method2", "digits", model=net, batch_size=4, **{k: v for k, v in SMALL.items() if k != "width"})
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not list(tmp_path.iterdir())
+    text = str(plan)
+    assert "method2, batch 4, cpu" in text and all(word in text for word in ("none", "step", "MiB", "yes"))
+    assert plan.recompute == plan.rows[0].recompute
+    assert [row.seconds for row in plan.rows] == sorted(row.seconds for row in plan.rows)
+
+
+def test_what_does_not_fit_is_not_chosen():
+    rows = (planning.Row("none", 1000, 1.0), planning.Row("step", 90, 2.0))
+    plan = planning.Plan("method2", 1, 1, CPU, 100, rows)
+    assert plan.recompute == "step"
+    assert planning.Plan("method2", 1, 1, CPU, 10, rows).recompute is None
+
+
+@pytest.mark.parametrize("method", ["ddpm", "method3.5", "discriminator-guidance", "gan"])
+def test_methods_without_a_chain_have_one_row(method):
+    options = dict(width=8) if method != "ddpm" else dict(width=8, T=10)
+    if method == "discriminator-guidance":
+        options |= dict(T=4)
+    (row,) = dgf.plan(method, "digits", batch_size=4, subset=16, **options).rows
+    assert row.recompute is None and row.peak > 0 and row.seconds > 0
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch):
+    kind = dgf.methods.find("method2")
+    config = kind.Config.make(batch_size=4, **{k: v for k, v in SMALL.items() if k != "subset"})
+    method = kind(config, (1, 8, 8))
+
+    def peak(n):
+        plan = planning.measure(
+            kind(kind.Config.make(**{**config.to_dict(), "batch_size": n}), (1, 8, 8)), dict, 0, CPU
+        )
+        return next(row.peak for row in plan.rows if row.recompute == "step")
+
+    room = peak(23)
+    monkeypatch.setattr(planning, "free_memory", lambda device: room / planning.SHARE)
+    assert planning.largest_batch(method, dict, 0, CPU, 1000) in (22, 23, 24)
+    assert planning.largest_batch(method, dict, 0, CPU, 7) == 7
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    with pytest.raises(RuntimeError, match="not even one sample"):
+        planning.largest_batch(method, dict, 0, CPU, 7)
+
+
+def test_an_automatic_batch_size_is_kept_on_resuming(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
+    options = dict(width=8, T=4, subset=16, progress=False, sample_every=0)
+    run = dgf.train("ddpm", out=tmp_path, batch_size="auto", steps=1, **options)
+    assert run.method.config.batch_size == 6
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 9)
+    longer = dgf.train("ddpm", out=tmp_path, batch_size="auto", steps=2, resume=True, **options)
+    assert longer.method.config.batch_size == 6 and longer.state.step == 2
+
+
+def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch):
+    kind = dgf.methods.find("ddpm")
+
+    def step(self, state, batch, key):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kind, "step", step)
+    with pytest.raises(dgf.TrainingError, match="out of memory at step 1: take a batch_size below 8; .*dgf.plan"):
+        dgf.train("ddpm", out=tmp_path, batch_size=8, width=8, T=4, steps=1, subset=16, progress=False)
+
+
+def test_memory_that_cannot_be_had_on_the_cpu_is_advised_on_too(tmp_path, monkeypatch):
+    kind = dgf.methods.find("ddpm")
+    monkeypatch.setattr(kind, "step", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(dgf.TrainingError, match="out of memory at step 1"):
+        dgf.train("ddpm", out=tmp_path, width=8, T=4, steps=1, subset=16, progress=False)
