@@ -28,7 +28,7 @@ from diffgan_fast.run import build
 
 SHARE = 0.9  # of the free memory that a run may take: workspaces of libraries come on top of what is counted
 SHORT, LONG = 2, 6  # steps of the chains that are measured
-TRIES = 3  # timed steps, of which the fastest counts
+TRIES = 3  # timed steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,11 @@ class Plan:
         return f"{head}\n{report.table(rows, columns)}"
 
 
-def measure(method: Method, networks: Callable[[], dict], seed: int, device: torch.device) -> Plan:
-    """The plan of a method with its config's batch size. `networks` gives the networks that are not made anew."""
+def measure(method: Method, networks: Callable[[], dict], seed: int, device: torch.device, tries: int = TRIES) -> Plan:
+    """The plan of a method with its config's batch size. `networks` gives the networks that are not made anew.
+
+    Of `tries` timed steps the fastest counts; with none, all seconds are 0.
+    """
     c: Any = method.config
     n = c.batch_size
 
@@ -89,7 +92,7 @@ def measure(method: Method, networks: Callable[[], dict], seed: int, device: tor
         if hasattr(c, "fakes"):
             changes["fakes"] = n  # they are drawn once, before the first step
         short = type(method)(dataclasses.replace(c, **changes), method.shape, method.num_classes)
-        return _probe(short, networks(), seed, device)
+        return _probe(short, networks(), seed, device, tries)
 
     if not hasattr(c, "recompute"):  # the method has no chain
         rows = [Row(None, *probe())]
@@ -129,7 +132,7 @@ def largest_batch(method: Method, networks: Callable[[], dict], seed: int, devic
 
     def peak(n: int) -> int:
         smaller = type(method)(dataclasses.replace(method.config, batch_size=n), method.shape, method.num_classes)
-        plan = measure(smaller, networks, seed, device)
+        plan = measure(smaller, networks, seed, device, tries=0)
         how = getattr(method.config, "recompute", None)
         same = [row for row in plan.rows if row.recompute == how]
         # another interval than the one that is measured: as a kept state each step, which takes no less
@@ -159,7 +162,9 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def _probe(method: Method, networks: dict[str, nn.Module], seed: int, device: torch.device) -> tuple[int, float]:
+def _probe(
+    method: Method, networks: dict[str, nn.Module], seed: int, device: torch.device, tries: int
+) -> tuple[int, float]:
     """Peak memory above networks and optimisers, and the seconds of a step, on a batch of noise."""
     state, key, n = build(method, networks, seed, device), random.key(seed), method.config.batch_size
     for net in state.nets.values():
@@ -171,7 +176,7 @@ def _probe(method: Method, networks: dict[str, nn.Module], seed: int, device: to
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method.prepare(state, key, Path(folder))
         peak = _peak(lambda: method.step(state, batch, key), device)
-        return peak, min(_seconds(lambda: method.step(state, batch, key)) for _ in range(TRIES))
+        return peak, min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
 
 
 def _seconds(step: Callable[[], dict[str, torch.Tensor]]) -> float:

@@ -23,7 +23,7 @@ from diffgan_fast.sampling import first_noise
 from diffgan_fast.schedule import Schedule
 
 # the notebook: batches of ten, images clamped before the critic sees them, batch norm in train mode
-AS_CODED: dict[str, Any] = dict(STUDENT, batch_size=10, ema=0.0, judged="clamped", chain_mode="train")
+AS_CODED: dict[str, Any] = dict(STUDENT, batch_size=10, judged="clamped", chain_mode="train")
 
 
 def losses(
@@ -77,6 +77,7 @@ class ImageCriticConfig(DiffusionConfig):
     steps: int = option(200, "training steps", low=0)
     lr: float = option(1e-5, "learning rate of the denoiser", low=0)
     adam_beta1: float = option(0.5, "decay of Adam's mean gradient", low=0, high=1)
+    ema: float = option(0.0, "decay of the averaged weights that sampling uses (0: none)", low=0, high=1)
     log_every: int = option(10, "steps between rows of metrics.jsonl", unit="steps", low=1)
     checkpoint_every: int = option(50, "steps between checkpoints (0: only at the end)", unit="steps", low=0)
     sample_every: int = option(0, "steps between sample grids (0: only at the end)", unit="steps", low=0)

@@ -19,7 +19,7 @@ __all__ = ["Method1", "losses"]
 @dataclass(kw_only=True)
 class Method1Config(ImageCriticConfig):
     PRESETS: ClassVar = {
-        "student": dict(STUDENT, ema=0.0),
+        "student": STUDENT,
         "as-coded": dict(AS_CODED, steps=10, lr=1e-4, adam_beta1=0.9),
     }
     steps: int = option(10, "training steps", low=0)

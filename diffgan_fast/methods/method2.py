@@ -27,7 +27,7 @@ __all__ = ["Method2", "losses"]
 @dataclass(kw_only=True)
 class Method2Config(ImageCriticConfig):
     PRESETS: ClassVar = {
-        "student": dict(STUDENT, ema=0.0),
+        "student": STUDENT,
         "as-coded": dict(AS_CODED, steps=50),
     }
     critic_lr: float = option(1e-5, "learning rate of the critic", low=0)
