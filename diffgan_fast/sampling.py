@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -49,6 +50,13 @@ class Reverse:
     def __post_init__(self) -> None:
         if self.sampler not in ("ddpm", "ddim"):
             raise ValueError(f"sampler must be 'ddpm' or 'ddim', got {self.sampler!r}")
+        if self.variance not in get_args(Variance):
+            raise ValueError(f"variance must be one of {', '.join(get_args(Variance))}; got {self.variance!r}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta!r}")
+        for name in ("guidance_scale", "logit_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)!r}")
         if self.critic is None and self.logit_scale != 1.0:
             raise ValueError(f"logit_scale={self.logit_scale} needs a critic")
         if self.steps is not None:
@@ -90,10 +98,15 @@ class Reverse:
     @staticmethod
     def _logit_grad(critic: Denoiser, x: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
         differentiable = torch.is_grad_enabled()
-        at = x if differentiable and x.requires_grad else x.detach().requires_grad_()
-        with torch.enable_grad():
-            logit = critic(at, t=told).reshape(len(x), -1).mean(1).sum()
-            (grad,) = torch.autograd.grad(logit, at, create_graph=differentiable)
+        with torch.inference_mode(False), torch.enable_grad():
+            if x.is_inference():
+                x, told = x.clone(), told.clone()
+            at = x if differentiable and x.requires_grad else x.detach().requires_grad_()
+            logits = critic(at, t=told)
+            if logits.dim() == 0 or len(logits) != len(x) or not logits.requires_grad:
+                what = f"{list(logits.shape)}, {'with' if logits.requires_grad else 'without'} a gradient"
+                raise ValueError(f"critic must give logits [N] or [N, K] that depend on x_t, N = {len(x)}; got {what}")
+            (grad,) = torch.autograd.grad(logits.reshape(len(x), -1).mean(1).sum(), at, create_graph=differentiable)
         return grad.to(x.dtype)
 
 
