@@ -1,4 +1,4 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points`: measured in fresh processes.
+"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain`: measured in fresh processes.
 
 Prints a table and saves it.
 """
@@ -21,7 +21,8 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points")
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain")
+WHOLE = ("training", "points", "chain")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,9 +39,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.threads is None:
         threads = {torch.get_num_threads()} if arguments.device == "cuda" else {1, os.cpu_count() or 1}
+        if arguments.benchmark == "chain":  # minutes a row
+            threads = {max(threads)}
         arguments.threads = sorted(threads)
     if arguments.processes is None:
-        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in ("training", "points")
+        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in WHOLE
         arguments.processes = 1 if once else 3
     return arguments
 

@@ -93,14 +93,33 @@ def penalty_table(folder: Path) -> list[str]:
     return lines
 
 
+def chain_tables(folder: Path) -> list[str]:
+    """The denoising chain: memory, then time. Nothing where it was not measured."""
+    if not (folder / "chain.json").exists():
+        return []
+    rows = json.loads((folder / "chain.json").read_text())["rows"]
+    memory = ["| a training step of method 2, student network | batch | `recompute` | MiB | expected |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    time = ["| the same step | batch | `recompute` | s | images/s | plain autograd is 1 |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        about = f"| {row['case']} | {row['shape'].split('x')[0]} | `{row['provider']}` |"
+        if "peak_mib" in row:
+            memory.append(f"{about} {row['peak_mib']:.4g} | {row['expected_mib']:.4g} |")
+        elif "ms" in row:
+            ratio = f"{1 / row['over_none']:.2f}×" if "over_none" in row else "–"
+            time.append(f"{about} {row['ms'] / 1e3:.2f} | {row['images_per_s']:.2f} | {ratio} |")
+    return [*memory, "", *time]
+
+
 def section(folder: Path) -> str:
     """What stands between the marks."""
     meta = json.loads((folder / "noise.json").read_text())["meta"]
     about = (
         f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
     )
-    tables = [table(folder) for table in (ops_table, penalty_table, points_table, training_table)]
-    return "\n".join([BEGIN, about, *(line for table in tables for line in ("", *table)), END])
+    tables = [table(folder) for table in (ops_table, penalty_table, points_table, training_table, chain_tables)]
+    return "\n".join([BEGIN, about, *(line for table in tables if table for line in ("", *table)), END])
 
 
 def main(arguments: list[str]) -> int:

@@ -74,6 +74,29 @@ def test_training_benchmark():
     assert all(row["images_per_s"] > 0 and row["over_as_coded"] > 0 for row in rows)
 
 
+def test_chain_benchmark():
+    from benchmarks import chain
+
+    rows = chain.run(QUICK)
+    assert not report.red(rows), report.table(rows)
+    memory = [row for row in rows if row["case"].startswith("memory, ")]
+    assert len(memory) == 2 and all(row["peak_mib"] > row["expected_mib"] > 0 for row in memory)
+    assert [row["case"] for row in rows if "a step" in row["case"]] == ["memory a step, T = 6 to 8"]
+    time = [row for row in rows if row["case"].startswith("training step")]
+    assert [row["provider"] for row in time] == ["none", "step", "step"]
+    assert all(row["images_per_s"] > 0 for row in time) and time[0]["over_none"] == 1 and time[1]["over_none"] > 0
+    assert all(set(row) <= set(report.COLUMNS) for row in rows)
+
+
+@pytest.mark.parametrize("recompute, kept", [("step", 300), (17, 18 + 17)])
+def test_expected_memory_of_the_chain(recompute, kept):
+    """Per batch 4.7 MiB a sample and 3 KiB a state, and 1,737,153 parameters' gradients."""
+    from benchmarks import chain
+
+    want = 4.7 * 128 + kept * 784 * 4 * 128 / 2**20 + 1_737_153 * 4 / 2**20
+    assert abs(chain.expected(300, 128, recompute) - want) < 1e-6
+
+
 def test_compile_modes():
     """Both modes are measured; fallback_random draws what eager draws, the default does not."""
     size = cases.Size((300,), torch.float32, torch.device("cpu"))
