@@ -17,7 +17,7 @@ from torch import nn
 
 from diffgan_fast import backends, files, planning, random, report
 from diffgan_fast import data as data_sets
-from diffgan_fast.engine import Feed, Loop, Method, checkpoint
+from diffgan_fast.engine import Feed, Loop, Method, State, checkpoint
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.report.run import PRIOR_LIMIT
@@ -108,12 +108,14 @@ def train(
     if resuming:
         loop.restore()
         _drop_rows_after(folder, state.step)
+        if state.step == config.steps and (folder / "report.html").exists():  # complete, pictures and all
+            _release(state)
+            return run
     elif not checkpoint.steps(folder):
         files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
     loop.run()
-    for optimizer in state.optimizers.values():
-        optimizer.release()  # networks that were given are their owner's again
+    _release(state)
     _save_picture(run, train_data, state.step)
     key = random.fold_in(random.key(seed), "diagnose")
     if train_data.shape[0] in (1, 3) and not train_data.points:
@@ -362,6 +364,12 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
     elif path.exists():
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # rows of a start that never reached a checkpoint
     return bool(done)
+
+
+def _release(state: State) -> None:
+    """Networks that were given are their owner's again."""
+    for optimizer in state.optimizers.values():
+        optimizer.release()
 
 
 def _drop_rows_after(folder: Path, step: int) -> None:

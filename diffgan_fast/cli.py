@@ -8,6 +8,8 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -209,13 +211,48 @@ def reproduce_2d(
 
     given: dict[str, Any] = {"steps": steps, "data": data, "configs": config}
     options = {name: value for name, value in given.items() if value}
-    try:
+    with _resumable():
         results = reproduce.reproduce_2d(out, variant=variant, seeds=seeds, device=device, **options)
+    typer.echo(report.table(*reproduce.kl_table(results)))
+    typer.echo(f"report: {out / variant / 'report.html'}")
+
+
+@reproduce_app.command(name="table1")
+def reproduce_table1(
+    out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-table1"),
+    data: Annotated[str, typer.Option(help="data set of images by name", metavar="NAME")] = "digits",
+    config: Annotated[list[str] | None, typer.Option(help="configuration, may be given often [default: all]")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
+    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
+    images: Annotated[int, typer.Option(help="images that each configuration is trained on")] = 12_800,
+    conditional: Annotated[bool, typer.Option("--conditional", help="tell the denoiser the class, and guide")] = False,
+    base: Annotated[Path | None, typer.Option(help="run to start from [default: a ddpm, trained first]")] = None,
+    critic: Annotated[
+        Path | None, typer.Option(help="run whose critic methods 1 and 2 start from [default: a gan, trained first]")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Fine-tune one base by every method of "Exploring the Combination of Diffusion Models and GANs", and compare."""
+    from diffgan_fast import reproduce
+
+    options: dict[str, Any] = dict(seeds=seeds, n=n, images=images, conditional=conditional)
+    if config:
+        options["configs"] = config
+    with _resumable():
+        results = reproduce.reproduce_table1(out, data=data, base=base, critic=critic, device=device, **options)
+    typer.echo(report.table(*reproduce.score_table(results)))
+    typer.echo("\n" + report.table(*reproduce.gain_table(results)))
+    typer.echo(f"report: {reproduce.table1_folder(out, data, conditional) / 'report.html'}")
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C ends a study with a word on how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
-    typer.echo(report.table(*reproduce.kl_table(results)))
-    typer.echo(f"report: {out / variant / 'report.html'}")
 
 
 def _scores(rows: list[dict]) -> str:

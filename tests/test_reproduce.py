@@ -1,10 +1,13 @@
-"""The 2-D study in small: few steps, few noise levels, few samples."""
+"""The studies in small: few steps, few noise levels, few samples."""
 
+import json
 import re
 
 import pytest
 
+import diffgan_fast as dgf
 from diffgan_fast import cli, report, reproduce
+from diffgan_fast.reproduce import images, images_page, points
 from diffgan_fast.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule leaves")
@@ -31,7 +34,7 @@ def test_the_page_sets_the_source_beside_the_runs(study):
     html = (study[0] / "as-coded" / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", html)
     assert headings == [
-        *(reproduce.CONFIGS[c] for c in CONFIGS), "Samples (Figure 2)", "Densities", "Training loss (Figure 1)",
+        *(points.CONFIGS[c] for c in CONFIGS), "Samples (Figure 2)", "Densities", "Training loss (Figure 1)",
     ]  # fmt: skip
     cells = re.findall("<td[^>]*>(.*?)</td>", html)
     assert "263.8" in cells and "0.102" in cells and "1.036" in cells  # Table 2
@@ -48,11 +51,11 @@ def test_complete_runs_are_reused(study, monkeypatch):
 
 
 def test_values_of_the_source():
-    assert list(reproduce.PUBLISHED) == list(reproduce.CONFIGS)[:-2]
-    for by_data in reproduce.PUBLISHED.values():
-        assert tuple(by_data) == reproduce.DATA and all(len(row) == len(reproduce.MEASURED) for row in by_data.values())
-    linear = [reproduce.PUBLISHED[c] for c in ("baseline", "adversarial", "gradient-penalty", "fine-tuned")]
-    for data, (mean, two_sd) in reproduce.SPREAD.items():
+    assert list(points.PUBLISHED) == list(points.CONFIGS)[:-2]
+    for by_data in points.PUBLISHED.values():
+        assert tuple(by_data) == points.DATA and all(len(row) == len(points.MEASURED) for row in by_data.values())
+    linear = [points.PUBLISHED[c] for c in ("baseline", "adversarial", "gradient-penalty", "fine-tuned")]
+    for data, (mean, two_sd) in points.SPREAD.items():
         assert sum(abs(by_data[data][3] - mean) <= two_sd for by_data in linear) >= 3
 
 
@@ -91,3 +94,178 @@ def test_the_command_passes_its_flags_on(monkeypatch, capsys, tmp_path):
         cli.main(["reproduce", "2d", "--out", str(tmp_path), *flags])
     text = capsys.readouterr().out
     assert not stop.value.code and "quadratic" in text and "0.200" in text and "report.html" in text
+
+
+SMALL = dict(width=8, T=4, steps=3, log_every=1, batch_size=8, subset=300, progress=False)
+TUNED = ("method2", "method2-batch-10", "method3.5", "discriminator-guidance")
+
+
+@pytest.fixture(scope="module")
+def table1(tmp_path_factory):
+    out = tmp_path_factory.mktemp("table1")
+    base = dgf.train("ddpm", out=out / "own-base", **SMALL)
+    critic = dgf.train("gan", out=out / "own-critic", steps=2, width=8, critic_width=8, subset=300, progress=False)
+    study = dict(base=base, critic=critic.path, configs=TUNED, n=40, images=700, fakes=10, subset=300, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "CAP", 1)  # no longer controls: see test_the_control_has_as_many_seconds
+        yield out, study, reproduce.reproduce_table1(out, seeds=2, **study)
+
+
+def test_all_configurations_see_the_same_images_from_one_base(table1):
+    out, study, results = table1
+    assert list(results) == ["before", "control", *TUNED] and {len(seeds) for seeds in results.values()} == {2}
+    seen = {name: (seeds[0]["steps"], seeds[0]["images"]) for name, seeds in results.items()}
+    assert seen == {
+        "before": (0, 0),
+        "control": (5, 640),  # whole batches of 128
+        "method2": (5, 640),
+        "method2-batch-10": (64, 640),
+        "method3.5": (5, 640),
+        "discriminator-guidance": (5, 640),
+    }
+    for seeds in results.values():
+        for seed, outcome in enumerate(seeds):
+            stored = json.loads((outcome["path"] / "config.json").read_text())
+            assert stored["seed"] == seed and stored["base"]["step"] == 3 and stored["config"]["ema"] == 0
+            assert json.loads((outcome["path"] / "evaluation.json").read_text())["seed"] == seed + 1
+    configs = {name: json.loads((results[name][0]["path"] / "config.json").read_text()) for name in results}
+    assert configs["method3.5"]["config"]["critic_steps"] == 1 and configs["method2"]["critic"]["step"] == 2
+    for name in ("method2", "method2-batch-10", "method3.5"):  # the control differs by the critic alone
+        assert configs[name]["config"]["lr"] == configs["control"]["config"]["lr"] == 1e-5
+    assert configs["control"]["config"]["adam_beta1"] == configs["method2"]["config"]["adam_beta1"] == 0.5
+
+
+def test_before_is_the_base_itself(table1):
+    _, study, results = table1
+    for seed, outcome in enumerate(results["before"]):
+        samples, reference = study["base"].sample(40, seed=seed + 1), study["base"].reference()
+        score = dgf.metrics.evaluate(samples, reference, metrics=["kid"], held_out=study["base"].reference("test"))
+        assert score["kid"] == outcome["kid"]
+
+
+def test_the_control_has_as_many_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CAP", 10)
+    monkeypatch.setattr(images._Study, "control", lambda self, steps, seed: {"steps": steps, "seed": seed})
+    study = images._Study(tmp_path, "digits", None, None, 640, 40, {})
+    for seconds, steps, capped in ((0.2, 5, False), (3.1, 16, False), (10, 50, False), (20, 50, True)):
+        found = study.equal_seconds({"seconds": seconds}, {"seconds": 1.0, "steps": 5}, 3)
+        assert found == {"equal_seconds": {"steps": steps, "seed": 3}, "capped": capped}
+
+
+def test_the_page_sets_table_1_beside_the_study(table1):
+    out, study, results = table1
+    html = (out / "digits" / "report.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", html) == [
+        "Differences of KID, paired by seed", "Conclusions", "Configurations", "Table 1 as published", "Samples",
+        "Data", "Base", "From noise to image",
+    ]  # fmt: skip
+    cells = re.findall("<td[^>]*>(.*?)</td>", html)
+    assert cells.count("84.74") == 2 and "45.86" in cells and "1.99 ± 0.13" in cells
+    assert {f"{results[name][0]['kid_floor']:.4f}" for name in results} <= set(cells)
+    captions = re.findall("<figcaption>(.*?)</figcaption>", html)
+    assert captions == [
+        "before (Figure 7)", "control", "method2 (Figure 20)", "method2-batch-10", "method3.5 (Figure 8)",
+        "discriminator-guidance", "64 images of digits (Figure 13)", "Noising", "Denoising",
+    ]  # fmt: skip
+    assert len(re.findall('src="data:image/png', html)) == 9 and len(re.findall('src="data:image/svg', html)) == 4
+    assert "Method 2 at batch 128, by KID:" in html and "30% lie beyond" in html
+
+
+def test_complete_runs_are_not_trained_again(table1, monkeypatch):
+    out, study, results = table1
+    monkeypatch.setattr(Run, "evaluate", None)
+    monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
+    seen = reproduce.reproduce_table1(out, seeds=1, **{**study, "configs": ("method3.5",)})
+    assert seen == {name: results[name][:1] for name in ("before", "control", "method3.5")}
+    assert "One seed has no spread" in (out / "digits" / "report.html").read_text()
+
+
+def test_base_and_critic_are_trained_where_none_are_given(tmp_path, monkeypatch):
+    def train(method, *arguments, **options):
+        return dgf.train(method, *arguments, **options, **({"steps": 2} if method == "gan" else {}))
+
+    monkeypatch.setattr(images, "train", train)
+    monkeypatch.setitem(images.BASES, 8, {**SMALL, "subset": None})
+    monkeypatch.setattr(images, "CAP", 2)
+    small = dict(seeds=1, n=40, images=128, subset=300, progress=False)
+    results = reproduce.reproduce_table1(tmp_path, conditional=True, configs="method1", **small)
+    longer = results["method1"][0]["equal_seconds"]
+    assert longer["path"].parent.name == f"control-{longer['steps']}" and longer["steps"] in (1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "digits-conditional"]
+    base = dgf.load(tmp_path / "digits-conditional" / "base")
+    assert base.method.config.conditional and base.method.config.guidance_scale == 5
+    assert dgf.load(tmp_path / "digits" / "critic").state.step == 2
+    html = (tmp_path / "digits-conditional" / "report.html").read_text()
+    assert "before (Figure 9)" in html and ">method1</figcaption>" in html
+    with pytest.raises(ValueError, match="base must be a run of a denoiser trained with conditional=False"):
+        reproduce.reproduce_table1(tmp_path, base=base, **small)
+
+
+def test_a_verdict_needs_two_standard_errors():
+    assert images_page.verdict([-0.01]) == images_page.verdict([-0.01, 0.01]) == images_page.verdict([-0.01, 0.0]) == ""
+    assert images_page.verdict([-0.010, -0.011, -0.012]) == "better"
+    assert images_page.verdict([0.010, 0.011, 0.012]) == "worse"
+
+
+def _outcomes(*kids, **more):
+    return [dict(kid=kid, **more) for kid in kids]
+
+
+def test_conclusions_follow_from_the_differences():
+    slow = _outcomes(0.30, 0.32, 0.34)
+    results = {
+        "before": _outcomes(0.20, 0.21, 0.22),
+        "control": _outcomes(0.18, 0.20, 0.19),
+        "method2": _outcomes(0.10, 0.11, 0.12, capped=True),
+        "method2-batch-10": _outcomes(0.20, 0.20, 0.23),
+        "method3.5": _outcomes(0.30, 0.31, 0.32, capped=False),
+    }
+    for name in list(results)[2:]:
+        for outcome, other in zip(results[name], slow, strict=True):
+            outcome["equal_seconds"] = other
+    said = " ".join(images_page.conclusions(results, "unconditional"))
+    assert "the base. Better: control, method2. Worse: method3.5. Not to be told apart: method2-batch-10." in said
+    assert "equal images. Better: method2. Worse: method3.5. Not to be told apart: method2-batch-10." in said
+    assert "equal seconds. Better: method2-batch-10. Worse: none. Better, but the cap left the control less" in said
+    assert "better than method 2 at batch 10 (-0.1000 ± 0.0100)" in said
+    assert "from 0.0348 to 0.0236. Here it is worse than its base." in said and "18% lie beyond" in said
+
+
+def test_cells_of_table_1():
+    published = images_page.PUBLISHED
+    assert published["unconditional"]["FID"] == ("54.91", "45.86") and published["conditional"]["FID"] == ("84.74",) * 2
+    assert published["unconditional"]["KID"] == ("0.0348", "0.0236")
+    assert [cell for row in published["CIFAR-10"].values() for cell in row] == [
+        None, "4.52 ± 0.57", None, "103.32", None, None,
+    ]  # fmt: skip
+
+
+def test_what_table_1_cannot_be_of_is_named(tmp_path):
+    for arguments, message in (
+        (dict(data="moons"), "data must be of digits, mnist, fashion-mnist, cifar10; got moons"),
+        (dict(configs=("method9",)), "configs must be of control, method1, .*; got method9"),
+        (dict(seeds=0), "seeds must be at least 1, got 0"),
+        (dict(images=100), "images must be at least 128, which is one step; got 100"),
+        (dict(lr=1e-3, steps=3), "lr, steps: set by the study itself"),
+        (dict(widht=8), "unknown options: widht"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reproduce.reproduce_table1(tmp_path, **arguments)
+
+
+def test_the_command_of_table_1_passes_its_flags_on(monkeypatch, capsys, tmp_path):
+    scores = dict(fid=1.0, kid=0.02, kid_floor=0.0, fid_floor=0.1, is_real=9.0, steps=0, **{"is": 8.0})
+
+    def study(out, **given):
+        assert given == dict(
+            data="mnist", configs=["method3"], seeds=2, n=50, images=256, conditional=True, base=tmp_path, critic=None,
+            device="cpu",
+        )  # fmt: skip
+        return {"before": [scores], "control": [scores]}
+
+    monkeypatch.setattr(reproduce, "reproduce_table1", study)
+    flags = "--data mnist --config method3 --seeds 2 --n 50 --images 256 --conditional --device cpu --base".split()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "table1", "--out", str(tmp_path), *flags, str(tmp_path)])
+    text = capsys.readouterr().out
+    assert not stop.value.code and "+0.0000" in text and "0.0200" in text and "mnist-conditional/report.html" in text

@@ -6,7 +6,6 @@ of the logs of its code: one seed each, times of a machine that is not named.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast import files, report
 from diffgan_fast.api import train
 from diffgan_fast.report.html import block, page, paragraph, picture
+from diffgan_fast.reproduce.study import check, spread
 from diffgan_fast.run import Run
 
 DATA = ("circle", "dino", "line", "moons")
@@ -138,12 +138,7 @@ def reproduce_2d(
     Raises: ValueError for an unknown name, or seeds below 1.
     """
     data, configs = ([v] if isinstance(v, str) else list(dict.fromkeys(v)) for v in (data, configs))
-    for name, given, known in (("data", data, DATA), ("configs", configs, CONFIGS), ("variant", [variant], VARIANTS)):
-        unknown = [v for v in given if v not in known]
-        if unknown or not given:
-            raise ValueError(f"{name} must be of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check(seeds, data=(data, DATA), configs=(configs, CONFIGS), variant=([variant], VARIANTS))
     results: Results = {}
     folder, first = Path(out) / variant, {}
     options |= {"resume": True, "progress": progress}
@@ -162,10 +157,8 @@ def reproduce_2d(
 
 
 def _spread(values: Sequence[float], key: str) -> str:
-    """Mean ± standard deviation, which one value has not, with the decimals of what is measured."""
-    decimals = MEASURED[key][1]
-    text = f"{statistics.mean(values):.{decimals}f}"
-    return f"{text} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else text
+    """Mean ± standard deviation with the decimals of what is measured."""
+    return spread(values, MEASURED[key][1])
 
 
 def kl_table(results: Results) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -1,0 +1,7 @@
+"""The studies of the source documents again: each trains, measures, and sets the result beside the published values."""
+
+from diffgan_fast.reproduce.images import reproduce_table1, table1_folder
+from diffgan_fast.reproduce.images_page import gain_table, score_table
+from diffgan_fast.reproduce.points import kl_table, reproduce_2d
+
+__all__ = ["gain_table", "kl_table", "reproduce_2d", "reproduce_table1", "score_table", "table1_folder"]
