@@ -87,6 +87,8 @@ class DiffusionMethod(Method):
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
         super().__init__(config, shape, num_classes)
+        if self.config.conditional and not num_classes:
+            raise ValueError("conditional must be False: the data have no labels")
         self.schedule = make_schedule(self.config)
 
     @property
@@ -108,8 +110,6 @@ class DiffusionMethod(Method):
             if self.config.conditional:
                 raise ValueError("conditional must be False for points: their denoiser takes no class")
             return nets.MLPDenoiser(self.shape[0], width or 256)
-        if self.config.conditional and not self.num_classes:
-            raise ValueError("conditional must be False: the data have no labels")
         channels, size, _ = self.shape
         classes = self.num_classes if self.config.conditional else 0
         if kind == "student":

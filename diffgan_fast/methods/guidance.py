@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save
@@ -60,6 +60,9 @@ class GuidanceConfig(DiffusionConfig):
     }
     lr: float = option(3e-4, "learning rate of the critic", low=0)
     ema: float = option(0.0, "the critic is not averaged", low=0, high=0)
+    lr_schedule: Literal["constant"] = option("constant", "the critic's learning rate is constant")  # type: ignore[assignment]
+    warmup: int = option(0, "the critic's learning rate does not rise", unit="steps", low=0, high=0)
+    clip_grad: float = option(0.0, "the critic's gradient is not limited", low=0, high=0)
     fakes: int = option(5000, "samples of the denoiser that the critic learns from, drawn once", low=1)
     critic_width: int = option(64, "channels of the critic's first convolution", low=1)
     guidance_weight: float = option(1.0, "w, the weight of the critic's gradient in sampling", low=0)
@@ -90,7 +93,7 @@ class DiscriminatorGuidance(DiffusionMethod):
     def reverse(self, state):
         c = self.config
         critic = dict(critic=state["critic"], logit_scale=c.guidance_weight)
-        return super().reverse(state) | critic | {"logit_from": max(1, math.ceil(c.guide_from * c.T))}
+        return super().reverse(state) | critic | {"logit_from": max(1, math.ceil(round(c.guide_from * c.T, 6)))}
 
     def optimizers(self, nets):
         return {"critic": FlatAdamW(nets["critic"], self.config.lr)}

@@ -14,7 +14,7 @@ import torch
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
-from diffgan_fast.engine import Batch, FlatAdamW, State, TrainConfig, evaluating, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, TrainConfig, evaluating, frozen, option
 from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod, noise_levels, predicted_noise
 from diffgan_fast.ops import add_noise
 from diffgan_fast.schedule import Prediction, Schedule
@@ -49,7 +49,7 @@ def losses(
 
     Returns:
         (critic's loss, a function that gives the denoiser's loss). Call the function after the critic's update: it
-        judges the same eps_hat, with its graph, by the updated critic.
+        judges the same eps_hat, with its graph, by the updated critic, and leaves the critic's gradients alone.
     """
     x_t, eps = add_noise(x0, t, schedule, key, return_noise=True, first_sample=first_sample)
     eps_hat = predicted_noise(denoiser(x_t, t, **(cond or {})), x_t, t, schedule, prediction)
@@ -64,7 +64,8 @@ def _critic_loss(critic, real, fake, t, x_t, gan_loss):
 
 
 def _denoiser_loss(critic, fake, t, x_t, gan_loss, eps, eps_hat, mse_weight):
-    fooled = generator_loss(critic(fake, t=t, x_t=x_t), gan_loss)
+    with frozen(critic):
+        fooled = generator_loss(critic(fake, t=t, x_t=x_t), gan_loss)
     return fooled + mse_weight * (eps_hat - eps).square().mean() if mse_weight else fooled
 
 
@@ -126,7 +127,7 @@ class NoiseCritic(DiffusionMethod):
         return eps
 
     def judges(self, step: int) -> bool:
-        """Whether the critic is trained at this step."""
+        """Whether the critic is trained at this step, once both are."""
         return True
 
     def optimizers(self, nets):
@@ -152,7 +153,7 @@ class NoiseCritic(DiffusionMethod):
         logged = {}
         if shared:
             eps_hat, fake = predict()
-        if self.judges(state.step):
+        if not joint or self.judges(state.step):
             if not shared:
                 with torch.no_grad(), evaluating(*([denoiser] if c.forwards == "two" else [])):
                     _, fake = predict()
