@@ -1,7 +1,8 @@
 """The denoising chain in a training step of method 2: student U-Net, 28 px, train mode, DCGAN critic, two Adams.
 
 A step: one run of the chain, the critic's update on its x0, the denoiser's loss by the updated critic, the chain's
-backward pass; in channels_last, as in the engine. Providers are values of recompute=: "none" (plain autograd), "step", and an int near sqrt(T).
+backward pass; in channels_last, as in the engine. Providers are values of recompute=: "none" (plain autograd), "step",
+and an int near sqrt(T).
 
 Memory: a fresh process for every row, with the allocator as users have it; its peak less the peak after building
 networks and optimisers (on a GPU, of the memory allocated). The peak is reached where the backward pass starts, with
