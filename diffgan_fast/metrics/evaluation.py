@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..data import Data
-from .distances import fid, inception_score, kid
 from .features import DomainClassifier, quantise
+from .frechet import fid
+from .kernel import kid
 from .knn import knn_kl
+from .modes import inception_score
 
 
 @dataclass(frozen=True)

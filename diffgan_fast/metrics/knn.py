@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.spatial import cKDTree
 
-from .distances import checked_pair
+from .checks import checked_pair
 
 
 def _mean_log_distance(tree: cKDTree, points: np.ndarray, rank: int) -> float:
@@ -35,7 +35,7 @@ def knn_kl(real, fake, k: int = 5) -> float:
 
     Source: Wang, Kulkarni and Verdú 2009 (doi:10.1109/TIT.2009.2016060), Eq. 5; NPEET (github.com/gregversteeg/NPEET).
     """
-    real, fake = checked_pair(real, fake)
+    real, fake = (values.cpu().numpy() for values in checked_pair(real, fake))
     (n, d), m = real.shape, len(fake)
     if not 1 <= k <= min(n - 1, m):
         raise ValueError(f"k must be 1..{min(n - 1, m)} for {n} real and {m} fake points, not {k}")
