@@ -8,6 +8,7 @@ import json
 import sys
 import types
 import typing
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,7 +229,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors of use are one line, not a stack trace."""
     errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
     try:
-        app(args=arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dgf.metrics.SmallSampleWarning)  # they stand below the tables
+            app(args=arguments)
     except errors as error:
         typer.echo(f"diffgan-fast: {error}", err=True)
         sys.exit(2)

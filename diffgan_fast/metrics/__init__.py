@@ -3,7 +3,7 @@
 Each metric is a function on features and an object that is fed batch by batch; :func:`evaluate` brings them together.
 """
 
-from .evaluation import available, evaluate, label
+from .evaluation import SmallSampleWarning, available, evaluate, label
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
 from .kernel import kid
@@ -23,6 +23,7 @@ __all__ = [
     "ModeCoverage",
     "Moments",
     "PrecisionRecallDensityCoverage",
+    "SmallSampleWarning",
     "available",
     "class_coverage",
     "density_coverage",

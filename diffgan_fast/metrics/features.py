@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .. import files
 from ..data import Data, to_uint8
 from ..data.registry import cache_dir
 
@@ -166,14 +167,7 @@ class DomainClassifier(nn.Module):
         """Write weights and description to one safetensors file, atomically."""
         about = {"shape": list(self.shape), "classes": self.classes, "accuracy": self.accuracy}
         content = save({k: v.cpu() for k, v in self.state_dict().items()}, {"classifier": json.dumps(about)})
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        files.write(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DomainClassifier":

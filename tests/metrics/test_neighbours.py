@@ -22,8 +22,17 @@ def by_sorting(real, fake, k, density_k):
     )
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 1024])
-@pytest.mark.parametrize("n, m, k, density_k", [(130, 100, 3, 5), (64, 65, 1, 1), (5, 4, 3, 4)])
+@pytest.mark.parametrize(
+    "tile, n, m, k, density_k",
+    [
+        (1, 20, 15, 3, 5),
+        (7, 64, 65, 1, 1),
+        (64, 130, 100, 3, 5),
+        (64, 64, 65, 1, 1),
+        (1024, 130, 100, 3, 5),
+        (7, 5, 4, 3, 4),
+    ],
+)
 def test_values_are_those_of_the_definitions(monkeypatch, tile, n, m, k, density_k):
     monkeypatch.setattr(neighbours, "TILE", tile)
     real, fake = features(n, 6, 1), features(m, 6, 2, 1.2, 0.3)
