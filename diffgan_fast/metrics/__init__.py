@@ -4,6 +4,7 @@ Each metric is a function on features and an object that is fed batch by batch; 
 """
 
 from .evaluation import SmallSampleWarning, available, evaluate, label
+from .extractors import EffL0, Inception, extractors
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
 from .kernel import kid
@@ -18,6 +19,8 @@ __all__ = [
     "PRDC",
     "ClassCoverage",
     "DomainClassifier",
+    "EffL0",
+    "Inception",
     "InceptionScore",
     "KnnKL",
     "ModeCoverage",
@@ -28,6 +31,7 @@ __all__ = [
     "class_coverage",
     "density_coverage",
     "evaluate",
+    "extractors",
     "fid",
     "fid_from_statistics",
     "fid_infinity",

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Data
 from .checks import float64
 from .extraction import BATCH, Extracted, describe, extract, features_of
-from .features import DomainClassifier
+from .extractors import find_extractor
 from .frechet import Moments, fid, fid_infinity
 from .kernel import mean_kernel_within, mmd2
 from .knn import RealPoints
@@ -161,6 +161,8 @@ def label(metric: str, extractor=None) -> str:
     if found.points:
         return found.label
     about = extractor if isinstance(extractor, dict) else describe(extractor)
+    if about["name"] == "effl0" and found.label.startswith("FID"):
+        return f"{found.label.replace('FID', 'FD')}-effl0"
     comparable = about["comparable"] and about["name"] == found.published_on
     return found.label + ("" if comparable else f" ({about['name']})")
 
@@ -213,8 +215,8 @@ def _check(samples: Tensor, data: Data, metrics, extractor, halves: int) -> None
         raise ValueError("samples must be finite; they hold NaN or infinity")
     if extractor is not None and data.points:
         raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
-    if extractor is not None and not callable(extractor):
-        raise ValueError(f"extractor must be a callable: images -> features [n, d], not {extractor!r}")
+    if not (extractor is None or isinstance(extractor, str) or callable(extractor)):
+        raise ValueError(f"extractor must be a name or a callable: images -> features [n, d], not {extractor!r}")
     if halves < 0 or halves == 1:
         raise ValueError(f"halves must be 0 or at least 2, not {halves}")
 
@@ -254,9 +256,10 @@ def evaluate(
             coverage need 6).
         data: the reference, normally the training split.
         metrics: names out of :func:`available`; None is all that measure this kind of data, but "fid_infinity".
-        extractor: callable, images ``[n, C, H, W]`` in [-1, 1] -> features ``[n, d]``, or (features, logits
-            ``[n, K]``); its attributes ``name``, ``hash`` (of weights and preprocessing) and ``comparable`` are
-            reported if it has them. None is the :class:`DomainClassifier` of ``data``. Points have none.
+        extractor: a name out of :func:`extractors`, or a callable, images ``[n, C, H, W]`` in [-1, 1] -> features
+            ``[n, d]``, or (features, logits ``[n, K]``); its attributes ``name``, ``hash`` (of weights and
+            preprocessing) and ``comparable`` are reported if it has them. None is "domain", the
+            :class:`DomainClassifier` of ``data``. Points have none.
         held_out: real data for the floors, normally the test split; None sets one half of the reference
             against the other. The floor takes n of them, or as many as there are.
         max_reference: if there are more images in ``data``, a fixed random choice of this many is the reference; None
@@ -267,8 +270,8 @@ def evaluate(
     Returns:
         - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``precision_real``, …, ``kl_floor``: the
           same for real data;
-        - ``spread``: for each metric the standard deviation over halves of the samples, drawn without replacement. It is
-          about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20;
+        - ``spread``: for each metric the standard deviation over halves of the samples, drawn without replacement. It
+          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20;
         - ``n``, ``reference_n``, ``floor_n``: numbers of samples, of the reference, and of real data in the floors;
         - with logits: ``mean_top_probability`` of the samples, ``smallest_class_share``, the share of the samples that
           are of the rarest class (both 0..1), and ``classes_covered``;
@@ -280,6 +283,7 @@ def evaluate(
 
     Raises:
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
+        FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
     metrics = [m for m in _fitting(data) if _METRICS[m].default] if metrics is None else metrics
     _check(samples, data, metrics, extractor, halves)
@@ -288,7 +292,8 @@ def evaluate(
     if data.points:
         fake, extract_from = Extracted(samples), _points
     else:
-        extractor = extractor or DomainClassifier.for_data(data)
+        if extractor is None or isinstance(extractor, str):
+            extractor = find_extractor(extractor or "domain", data)
         about, extract_from = describe(extractor), partial(features_of, extractor)
         if max_reference is not None and len(data) > max_reference:
             data = data.subset(max_reference)

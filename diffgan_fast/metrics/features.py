@@ -27,6 +27,15 @@ def quantise(x: Tensor) -> Tensor:
     return to_uint8(x).to(torch.float32).div_(127.5).sub_(1)
 
 
+def weights_hash(net: nn.Module, about: str = "") -> str:
+    """BLAKE2b (16 hex digits) of all weights of a network, and of what else makes its features what they are."""
+    digest = blake2b(about.encode(), digest_size=8)
+    for key, value in sorted(net.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 class DomainClassifier(nn.Module):
     """A small convolutional classifier of one data set, whose penultimate layer gives features.
 
@@ -83,11 +92,7 @@ class DomainClassifier(nn.Module):
     @property
     def hash(self) -> str:
         """BLAKE2b (16 hex digits) of all weights: scores are comparable only where it is the same."""
-        digest = blake2b(digest_size=8)
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return weights_hash(self)
 
     @classmethod
     def for_data(cls, data: Data) -> "DomainClassifier":
