@@ -1,4 +1,4 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points`: measured in fresh processes.
+"""`python -m benchmarks random|noise|step|loss|penalty|training|points|metrics`: measured in fresh processes.
 
 Prints a table and saves it.
 """
@@ -21,7 +21,7 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points")
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "metrics")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         threads = {torch.get_num_threads()} if arguments.device == "cuda" else {1, os.cpu_count() or 1}
         arguments.threads = sorted(threads)
     if arguments.processes is None:
-        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in ("training", "points")
+        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in ("training", "points", "metrics")
         arguments.processes = 1 if once else 3
     return arguments
 
@@ -82,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 command = [sys.executable, "-m", "benchmarks", arguments.benchmark, "--device", arguments.device,
                            "--threads", str(threads), "--worker", str(path)]  # fmt: skip
                 command += ["--quick"] * arguments.quick + ["--no-compile"] * arguments.no_compile
-                subprocess.run(command, cwd=machine.ROOT, env=os.environ | machine.ALLOCATOR, check=True)
+                blas = {"OPENBLAS_NUM_THREADS": str(threads)}  # NumPy's and SciPy's own
+                subprocess.run(command, cwd=machine.ROOT, env=os.environ | machine.ALLOCATOR | blas, check=True)
                 rows += json.loads(path.read_text())
     return rows
 

@@ -13,12 +13,13 @@ RATIOS = {  # ratio column: the providers whose best it refers to
     "over_diffusers": ("diffusers",),
     "over_as_coded": ("as-coded",),
     "over_reference": ("reference",),
+    "over_libraries": ("sqrtm", "eigvals", "subset", "prdc"),
 }
-COLUMNS = (*CASE, "provider", "status", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms", "ns_per_element",
+COLUMNS = (*CASE, "provider", "status", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms", "peak_mib", "ns_per_element",
            "bytes_per_element", "gb_per_s", "ops_per_element", "images_per_s", *RATIOS, "of_copy")  # fmt: skip
 STAMPS = ("machine", "torch", "triton", "python", "git", "dirty", "date")
 SHOWN = ("case", "shape", "dtype", "threads", "provider", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms",
-         "ns_per_element", "gb_per_s", "images_per_s", *RATIOS, "of_copy", "status")  # fmt: skip
+         "peak_mib", "ns_per_element", "gb_per_s", "images_per_s", *RATIOS, "of_copy", "status")  # fmt: skip
 
 
 def best(rows: list[dict]) -> list[dict]:

@@ -74,6 +74,16 @@ def test_training_benchmark():
     assert all(row["images_per_s"] > 0 and row["over_as_coded"] > 0 for row in rows)
 
 
+def test_metrics_benchmark():
+    from benchmarks import metrics
+
+    rows = report.with_ratios(metrics.run(QUICK))
+    assert {row["provider"] for row in rows} >= {metrics.OURS, "sqrtm", "eigvals", "subset"}
+    assert not report.red(rows), report.table(rows)
+    assert all(row["over_libraries"] > 0 and row["peak_mib"] >= 0 for row in rows if row["case"] != "precision-recall")
+    assert set().union(*rows) <= set(report.COLUMNS)
+
+
 def test_compile_modes():
     """Both modes are measured; fallback_random draws what eager draws, the default does not."""
     size = cases.Size((300,), torch.float32, torch.device("cpu"))

@@ -24,9 +24,7 @@ def effl0_file(tmp_path_factory):
 
 def test_inception_without_weights_says_where_to_put_them(monkeypatch, tmp_path):
     monkeypatch.delenv("DIFFGAN_FAST_INCEPTION", raising=False)
-    with pytest.raises(
-        FileNotFoundError, match="no file is named.*pt_inception-2015-12-05-6726825d.*domain.*effl0"
-    ):
+    with pytest.raises(FileNotFoundError, match="no file is named.*pt_inception-2015-12-05-6726825d.*domain.*effl0"):
         evaluate(DIGITS.batch(slice(None)), DIGITS, extractor="inception")
     monkeypatch.setenv("DIFFGAN_FAST_INCEPTION", str(tmp_path / "absent.pth"))
     with pytest.raises(FileNotFoundError, match="no file .*absent.pth"):
