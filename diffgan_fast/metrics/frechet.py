@@ -134,9 +134,9 @@ def fid(real, fake) -> float:
     |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), the last trace by the cheapest exact route. With R the centred features over
     √(n-1), so that Σ = RᵀR:
 
-    - both n at most d: the nuclear norm of R₁R₂ᵀ, of the size of the sets (covariances are singular there);
-    - one of them: Σ √λ(R₁Σ₂R₁ᵀ), of the size of the smaller set;
-    - both n above d: with Σ₁ = LLᵀ, Σ √λ(LᵀΣ₂L), symmetric.
+    - an n at most d: the sum of √λ(R₁Σ₂R₁ᵀ), of the size of the smaller set; with R₂ for Σ₂ = R₂ᵀR₂ where both are so
+      few, it is the nuclear norm of R₁R₂ᵀ;
+    - both n above d: with Σ₁ = LLᵀ, the sum of √λ(LᵀΣ₂L).
 
     Args:
         real: features ``[n, d]``, tensor on any device or array, or their :class:`Moments`.
@@ -155,16 +155,18 @@ def fid(real, fake) -> float:
     )
     if len(real.mean) != len(fake.mean):
         raise ValueError(f"fake must have {len(real.mean)} features as real has, not {len(fake.mean)}")
-    # Rows add up to 0, so what is made of them has an eigenvalue 0, whose rounding error's root would be seen (1e-8).
     gap, x, y = fake.mean.to(real.mean) - real.mean, real.rows, fake.rows
-    if x is not None and y is not None:
-        root = linalg.svdvals(_numpy(x @ y.to(x).T), overwrite_a=True).sum()
-    elif x is not None:
-        root = _sum_of_roots(_numpy(x @ fake.covariance.to(x) @ x.T), zeros=1)
-    elif y is not None:
-        root = _sum_of_roots(_numpy(y @ real.covariance.to(y) @ y.T), zeros=1)
-    else:
+    if x is None and y is None:
         root = _trace_of_root(_numpy(real.covariance), _numpy(fake.covariance))
+    else:
+        few, other = (y, real) if x is None or (y is not None and len(y) < len(x)) else (x, fake)
+        if other.rows is None:
+            product = few @ other.covariance.to(few) @ few.T
+        else:
+            across = few @ other.rows.to(few).T
+            product = across @ across.T
+        # Rows add up to 0: one eigenvalue is 0, and the root of its rounding error would be seen (1e-8).
+        root = _sum_of_roots(_numpy(product), zeros=1)
     return float(gap @ gap) + real.variance + fake.variance - 2 * float(root)
 
 
