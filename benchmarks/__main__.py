@@ -1,4 +1,4 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain`: measured in fresh processes.
+"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain|metrics`: measured in fresh processes.
 
 Prints a table and saves it.
 """
@@ -21,8 +21,8 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain")
-WHOLE = ("training", "points", "chain")  # whole steps, measured in one process
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics")
+WHOLE = ("training", "points", "chain", "metrics")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,7 +85,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 command = [sys.executable, "-m", "benchmarks", arguments.benchmark, "--device", arguments.device,
                            "--threads", str(threads), "--worker", str(path)]  # fmt: skip
                 command += ["--quick"] * arguments.quick + ["--no-compile"] * arguments.no_compile
-                subprocess.run(command, cwd=machine.ROOT, env=os.environ | machine.ALLOCATOR, check=True)
+                blas = {"OPENBLAS_NUM_THREADS": str(threads)}  # NumPy's and SciPy's own
+                subprocess.run(command, cwd=machine.ROOT, env=os.environ | machine.ALLOCATOR | blas, check=True)
                 rows += json.loads(path.read_text())
     return rows
 

@@ -13,6 +13,7 @@ RATIOS = {  # ratio column: the providers whose best it refers to
     "over_diffusers": ("diffusers",),
     "over_as_coded": ("as-coded",),
     "over_reference": ("reference",),
+    "over_libraries": ("sqrtm", "eigvals", "subset", "prdc"),
 }
 COLUMNS = (*CASE, "provider", "status", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms", "ns_per_element",
            "bytes_per_element", "gb_per_s", "ops_per_element", "images_per_s", "peak_mib", "expected_mib", *RATIOS,

@@ -8,16 +8,20 @@ import json
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 
 import diffgan_fast as dgf
 from diffgan_fast import methods, report
 from diffgan_fast.engine import TrainConfig
+from diffgan_fast.run import pick_device
 
 app = typer.Typer(
     help="Train, sample and measure hybrids of diffusion models and GANs.",
@@ -124,8 +128,6 @@ def sample(
     elif out.suffix == ".png":
         report.save_grid(samples, out)
     else:
-        import numpy as np
-
         stored = samples if samples.ndim == 2 else dgf.data.to_uint8(samples).permute(0, 2, 3, 1)
         np.savez_compressed(out, samples=stored.numpy())
     typer.echo(out)
@@ -133,15 +135,49 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="directory of a run")],
-    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
-    metric: Annotated[list[str] | None, typer.Option(help="metric, may be given often [default: all that fit]")] = None,
+    what: Annotated[Path, typer.Argument(help="directory of a run, folder or zip of images, or .npz of samples")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="data set by name, or a folder or zip of images [default: the run's]", metavar="NAME|PATH"),
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="samples to measure [default: 2000 of a run, else all]")] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", "--metric", help="names with commas between, or given often [default: all that fit]"),
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help=f"{', '.join(dgf.metrics.extractors())} [default: domain]", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure a run's samples against its training data."""
-    result = dgf.load(run, device=device).evaluate(n, metrics=metric or None)
-    report.write_run(run)
-    typer.echo(_scores([{"method": run.name, **result}]))
+    """Measure a run's samples, or samples made by anything else, against a data set."""
+    names = [name for given in metrics or () for name in given.split(",")] or None
+    is_run = (what / "config.json").exists()
+    if is_run and against is None:
+        result = dgf.load(what, device=device).evaluate(n or 2000, metrics=names, extractor=extractor)
+        report.write_run(what)
+    elif against is None:
+        raise ValueError(f"against must name the data set to measure {what} against: it is no run")
+    else:
+        samples = dgf.load(what, device=device).sample(n or 2000, seed=1) if is_run else _stored(what, n)
+        data, on = dgf.data.load(against), pick_device(device)
+        held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
+        options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
+        result = dgf.metrics.evaluate(samples, data.to(on), **options)
+    typer.echo(json.dumps(result, indent=1) if as_json else _scores([{"method": what.name, **result}]))
+
+
+def _stored(path: Path, n: int | None) -> torch.Tensor:
+    """Samples from a folder or zip of images, or from the array "samples", or the only one, of an .npz file."""
+    if path.suffix != ".npz":
+        found = dgf.data.load(path)
+    else:
+        with np.load(path) as file:
+            if "samples" not in file and len(file.files) != 1:
+                raise ValueError(f"{path} must hold the array samples, or only one; it holds {', '.join(file.files)}")
+            found = dgf.data.load(file["samples" if "samples" in file else file.files[0]])
+    return (found if n is None else found.subset(n)).batch(slice(None))
 
 
 @app.command()
@@ -265,7 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors of use are one line, not a stack trace."""
     errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
     try:
-        app(args=arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dgf.metrics.SmallSampleWarning)  # they stand below the tables
+            app(args=arguments)
     except errors as error:
         typer.echo(f"diffgan-fast: {error}", err=True)
         sys.exit(2)

@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What tests cache (classifiers, features) is theirs alone, and new in every session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

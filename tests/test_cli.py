@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import diffgan_fast as dgf
 from diffgan_fast import cli
@@ -51,6 +52,38 @@ def test_a_run_from_training_to_report(trained, capsys, tmp_path):
     text = run(capsys, "evaluate", str(trained), "--n", "40").out
     assert "FID (domain)" in text and "real data" in text and "never with published ones" in text
     assert "report.html" in run(capsys, "report", str(trained)).out
+
+
+def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
+    data = dgf.data.load("digits", split="test", subset=60)
+    np.savez(tmp_path / "s.npz", samples=data.images.permute(0, 2, 3, 1).numpy(), labels=data.labels.numpy())
+    np.savez(tmp_path / "one.npz", data.images.numpy())
+    np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(data.images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i:02}.png")
+    found = []
+    for name in ("s.npz", "one.npz", "images"):
+        text = run(capsys, "evaluate", str(tmp_path / name), "--against", "digits", "--json").out
+        found.append(json.loads(text))
+        assert found[-1] == found[0] and found[-1]["n"] == 60
+    expected = dgf.metrics.evaluate(
+        data.batch(slice(None)), dgf.data.load("digits"), held_out=dgf.data.load("digits", split="test")
+    )
+    assert found[0] == expected
+    text = run(capsys, "evaluate", str(tmp_path / "s.npz"), "--against", "digits", "--n", "40", "--metrics", "fid,kid")
+    assert "FID (domain)" in text.out and "IS" not in text.out and "FID is biased" in text.out and not text.err
+    assert "against must name" in run(capsys, "evaluate", str(tmp_path / "s.npz"), code=2).err
+    assert "it holds a, b" in run(capsys, "evaluate", str(tmp_path / "two.npz"), "--against", "digits", code=2).err
+    wrong = run(capsys, "evaluate", str(tmp_path / "s.npz"), "--against", "digits", "--extractor", "x", code=2)
+    assert "one of domain, inception, effl0, not 'x'" in wrong.err
+
+
+def test_a_run_is_measured_against_other_data(trained, capsys, tmp_path):
+    stored = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    text = run(capsys, "evaluate", str(trained), "--against", "digits", "--n", "30", "--metrics", "kid", "--json").out
+    assert json.loads(text)["n"] == 30 and set(json.loads(text)["labels"]) == {"kid"}
+    assert stored == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
 
 
 def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):

@@ -1,18 +1,45 @@
-"""What is measured: FID, KID and IS on features, a classifier that gives them for labelled data, and KL of points."""
+"""What is measured: distances of features, what part of the data samples reach, and KL of points.
 
-from .distances import fid, fid_from_statistics, inception_score, kid
-from .evaluation import available, evaluate, label
+Each metric is a function on features and an object that is fed batch by batch; :func:`evaluate` brings them together.
+"""
+
+from .evaluation import SmallSampleWarning, available, evaluate, label
+from .extractors import EffL0, Inception, extractors
 from .features import DomainClassifier
+from .frechet import Moments, fid, fid_from_statistics, fid_infinity
+from .kernel import kid
 from .knn import knn_kl
+from .modes import class_coverage, inception_score, mode_coverage
+from .neighbours import PRDC, density_coverage, prdc, precision_recall
+from .streaming import FID, KID, ClassCoverage, InceptionScore, KnnKL, ModeCoverage, PrecisionRecallDensityCoverage
 
 __all__ = [
+    "FID",
+    "KID",
+    "PRDC",
+    "ClassCoverage",
     "DomainClassifier",
+    "EffL0",
+    "Inception",
+    "InceptionScore",
+    "KnnKL",
+    "ModeCoverage",
+    "Moments",
+    "PrecisionRecallDensityCoverage",
+    "SmallSampleWarning",
     "available",
+    "class_coverage",
+    "density_coverage",
     "evaluate",
+    "extractors",
     "fid",
     "fid_from_statistics",
+    "fid_infinity",
     "inception_score",
     "kid",
     "knn_kl",
     "label",
+    "mode_coverage",
+    "prdc",
+    "precision_recall",
 ]

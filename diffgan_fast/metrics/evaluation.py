@@ -1,8 +1,11 @@
 """`evaluate`: all scores of a set of samples against a data set, with their floors and the names to print."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,57 +13,126 @@ import torch
 from torch import Tensor
 
 from ..data import Data
-from .distances import fid, inception_score, kid
-from .features import DomainClassifier, quantise
-from .knn import knn_kl
+from .checks import float64
+from .extraction import BATCH, Extracted, describe, extract, features_of
+from .extractors import find_extractor
+from .frechet import Moments, fid, fid_infinity
+from .kernel import mean_kernel_within, mmd2
+from .knn import RealPoints
+from .modes import inception_score
+from .neighbours import prdc
+
+LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """float64 features [n, d] and class logits [n, K] (None if the extractor gives none). Points are features."""
+class SmallSampleWarning(UserWarning):
+    """A score of so few samples that its bias outweighs what it is to tell."""
 
-    features: np.ndarray
-    logits: np.ndarray | None
+
+class _Reference:
+    """Real samples, and what of them alone a metric needs: computed once, whatever is measured against them."""
+
+    def __init__(self, real: Extracted):
+        self.real = real
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments(self.real.features)
+
+    @cached_property
+    def features(self) -> Tensor:
+        return float64(self.real.features)
+
+    @cached_property
+    def kernel(self) -> float:
+        return mean_kernel_within(self.features)
+
+    @cached_property
+    def points(self) -> RealPoints:
+        return RealPoints(self.features.cpu().numpy())
+
+
+def _order(n: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(n))
+
+
+def _fid(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    return {"fid": fid(reference.moments, fake.features)}
+
+
+def _fid_infinity(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    return {"fid_infinity": fid_infinity(reference.moments, fake.features)}
+
+
+def _kid(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    return {"kid": mmd2(reference.features, float64(fake.features).to(reference.features.device), reference.kernel)}
+
+
+def _is(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    return {"is": inception_score(fake.logits)[0]}
+
+
+def _prdc(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    """On as many real samples as fake ones, since all four depend on both numbers."""
+    n = min(len(reference.real), len(fake))
+    real, fake = (of.part(_order(len(of))[:n]) for of in (reference.real, fake))
+    return prdc(real.features, fake.features)._asdict()
+
+
+def _kl(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    return {"kl": reference.points.kl(float64(fake.features).cpu().numpy())}
 
 
 @dataclass(frozen=True)
 class _Metric:
+    """score: gives this metric, and others of the same pass over the features.
+
+    floor: name of the value that real data get in place of the samples. published_on: the features of published values.
+    """
+
     label: str
     help: str
-    score: Callable[[Extracted, Extracted], float]  # (real, fake) -> value
-    floor: str  # name of the value that real data gets in place of the samples
+    score: Callable[[_Reference, Extracted], dict[str, float]]
+    floor: str
+    published_on: str | None = "inception"  # None: it measures points
     needs_logits: bool = False
-    points: bool = False  # it measures points, not images
+    default: bool = True
+
+    @property
+    def points(self) -> bool:
+        return self.published_on is None
 
 
 _METRICS = {
-    "fid": _Metric(
-        "FID",
-        "Fréchet distance of features; lower is better",
-        lambda r, f: fid(r.features, f.features),
-        "fid_floor",
+    "fid": _Metric("FID", "Fréchet distance of features; lower is better", _fid, "fid_floor"),
+    "fid_infinity": _Metric(
+        "FID∞", "FID extrapolated to infinitely many samples; by name only", _fid_infinity, "fid_infinity_floor",
+        default=False,
     ),
-    "kid": _Metric(
-        "KID",
-        "kernel distance of features, unbiased; lower is better",
-        lambda r, f: kid(r.features, f.features),
-        "kid_floor",
-    ),
+    "kid": _Metric("KID", "kernel distance of features, unbiased; lower is better", _kid, "kid_floor"),
     "is": _Metric(
-        "IS",
-        "Inception score, 1 to the number of classes; higher is better",
-        lambda r, f: inception_score(f.logits)[0],
-        "is_real",
-        needs_logits=True,
+        "IS", "Inception score, 1 to the number of classes; higher is better", _is, "is_real", needs_logits=True
+    ),
+    "precision": _Metric(
+        "precision", "share of samples among real ones, k = 3; higher is better", _prdc, "precision_real", "vgg16"
+    ),
+    "recall": _Metric(
+        "recall", "share of real data among samples, k = 3; higher is better", _prdc, "recall_real", "vgg16"
+    ),
+    "density": _Metric(
+        "density", "how densely real data surround samples, k = 5; higher is better", _prdc, "density_real", "vgg16"
+    ),
+    "coverage": _Metric(
+        "coverage", "share of real data with a sample nearby, k = 5; higher is better", _prdc, "coverage_real", "vgg16"
     ),
     "kl": _Metric(
         "KL (bits)",
         "points: KL divergence of real from samples, by nearest neighbours; lower is better, may be negative",
-        lambda r, f: knn_kl(r.features, f.features),
+        _kl,
         "kl_floor",
-        points=True,
+        published_on=None,
     ),
-}
+}  # fmt: skip
 
 
 def available() -> dict[str, str]:
@@ -74,7 +146,7 @@ def _fitting(data: Data) -> list[str]:
 
 
 def label(metric: str, extractor=None) -> str:
-    """How a score is called in print: "FID" on comparable features only, else for example "FID (domain)".
+    """How a score is called in print: "FID" on the features of published values only, else for example "FID (domain)".
 
     Args:
         metric: a name of :func:`available`.
@@ -85,47 +157,52 @@ def label(metric: str, extractor=None) -> str:
     """
     if metric not in _METRICS:
         raise ValueError(f"metric must be one of {', '.join(_METRICS)}, not {metric!r}")
-    if _METRICS[metric].points:
-        return _METRICS[metric].label
-    about = extractor if isinstance(extractor, dict) else _describe(extractor)
-    return _METRICS[metric].label + ("" if about["comparable"] else f" ({about['name']})")
+    found = _METRICS[metric]
+    if found.points:
+        return found.label
+    about = extractor if isinstance(extractor, dict) else describe(extractor)
+    if about["name"] == "effl0" and found.label.startswith("FID"):
+        return f"{found.label.replace('FID', 'FD')}-effl0"
+    comparable = about["comparable"] and about["name"] == found.published_on
+    return found.label + ("" if comparable else f" ({about['name']})")
 
 
-def _describe(extractor) -> dict:
-    """An extractor's name, hash and comparability; a plain callable goes by its own name."""
-    own_name = getattr(extractor, "__name__", type(extractor).__name__)
-    return {
-        "name": getattr(extractor, "name", own_name),
-        "hash": getattr(extractor, "hash", None),
-        "comparable": getattr(extractor, "comparable", False),
-    }
+def _scores(metrics: Sequence[str], reference: _Reference, fake: Extracted) -> dict[str, float]:
+    """Every metric, each pass over the features once."""
+    found: dict[str, float] = {}
+    for score in dict.fromkeys(_METRICS[name].score for name in metrics):
+        found |= score(reference, fake)
+    return {name: found[name] for name in metrics}
 
 
-@torch.no_grad()
-def _extract(extractor, batches) -> Extracted:
-    """Features of all batches, each rounded to uint8 values first, whatever the extractor."""
-    features, logits = [], []
-    for images in batches:
-        out = extractor(quantise(images))
-        f, z = out if isinstance(out, tuple) else (out, None)
-        if f.ndim != 2 or len(f) != len(images):
-            raise ValueError(f"extractor must give features [{len(images)}, d], not {list(f.shape)}")
-        features.append(f.double().cpu().numpy())
-        if z is not None:
-            logits.append(z.double().cpu().numpy())
-    return Extracted(np.concatenate(features), np.concatenate(logits) if logits else None)
+def _spread(metrics: Sequence[str], reference: _Reference, fake: Extracted, halves: int) -> dict[str, float]:
+    """Standard deviation over random halves. For a mean it is the standard error of the mean of all: n/2 out of n drawn
+    without replacement vary by σ²(2/n)(1 - 1/2)."""
+    n = len(fake)
+    values = [_scores(metrics, reference, fake.part(_order(n, seed + 1)[: n // 2])) for seed in range(halves)]
+    return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
-def _points(batches) -> Extracted:
-    """Points as they are."""
-    return Extracted(torch.cat(list(batches)).double().cpu().numpy(), None)
+def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
+    """Why scores of n samples say too little, in sentences. n: of samples or of the reference, whichever are fewer."""
+    found, d = [], fake.features.shape[1]
+    if "fid" in metrics and n < 5 * d:  # its authors ask for 10,000 of 2048 features
+        found.append(
+            f"FID is biased upwards where samples are few: {n:,} are for {d:,} features. Take {5 * d:,} or more, "
+            "compare only scores of equal n, or ask for KID or fid_infinity."
+        )
+    if "is" in metrics and fake.logits is not None and len(fake) < 50 * (k := fake.logits.shape[1]):
+        # Miller's correction of the entropy of the mean: up to (k - 1) / 2n
+        found.append(
+            f"IS is biased downwards by up to {(k - 1) / 2 / len(fake):.1%}: {len(fake):,} samples are few for {k:,} "
+            f"classes. Take {50 * k:,} or more."
+        )
+    if n < 1000 and (shares := [name for name in metrics if _METRICS[name].score is _prdc]):
+        found.append(f"{', '.join(shares).capitalize()} of {n:,} samples are coarse: take 1,000 or more.")
+    return found
 
 
-def _part(of: Extracted, index) -> Extracted:
-    return Extracted(of.features[index], None if of.logits is None else of.logits[index])
-
-
-def _check(samples: Tensor, data: Data, metrics, extractor) -> None:
+def _check(samples: Tensor, data: Data, metrics, extractor, halves: int) -> None:
     if unknown := [m for m in metrics if m not in _fitting(data)]:
         found = f"{', '.join(map(repr, unknown))}: data {data.name!r} holds {'points' if data.points else 'images'}"
         raise ValueError(f"metrics must be among {', '.join(_fitting(data))}, not {found}")
@@ -138,86 +215,108 @@ def _check(samples: Tensor, data: Data, metrics, extractor) -> None:
         raise ValueError("samples must be finite; they hold NaN or infinity")
     if extractor is not None and data.points:
         raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
-    if extractor is not None and not callable(extractor):
-        raise ValueError(f"extractor must be a callable: images -> features [n, d], not {extractor!r}")
+    if not (extractor is None or isinstance(extractor, str) or callable(extractor)):
+        raise ValueError(f"extractor must be a name or a callable: images -> features [n, d], not {extractor!r}")
+    if halves < 0 or halves == 1:
+        raise ValueError(f"halves must be 0 or at least 2, not {halves}")
 
 
-def _real_pair(held_out: Data | None, real: Extracted, n: int, extract) -> tuple[Extracted, Extracted]:
+def _points(data: Data) -> Extracted:
+    """Points as they are."""
+    return Extracted(data.batch(slice(None)))
+
+
+def _floor_pair(held_out: Data | None, reference: _Reference, n: int, extract) -> tuple[_Reference, Extracted]:
     """Reference and up to n real samples in place of generated ones: held out, or the other half of the reference."""
     if held_out is not None:
-        return real, extract(_batches(held_out.subset(min(n, len(held_out)))))
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(real.features))
+        return reference, extract(held_out.subset(min(n, len(held_out))))
+    order = _order(len(reference.real))
     half = len(order) // 2
-    return _part(real, order[half:]), _part(real, order[: min(n, half)])
-
-
-def _batches(data: Data, size: int = 500):
-    return (data.batch(slice(i, i + size)) for i in range(0, len(data), size))
+    return _Reference(reference.real.part(order[half:])), reference.real.part(order[: min(n, half)])
 
 
 def evaluate(
     samples: Tensor,
     data: Data,
     *,
-    metrics=None,
+    metrics: Sequence[str] | None = None,
     extractor=None,
     held_out: Data | None = None,
     max_reference: int | None = 10_000,
-) -> dict:
+    halves: int = 10,
+) -> dict[str, Any]:
     """Scores of samples against a data set, with what real data score in their place.
 
     Images, real or not, are rounded to uint8 values before features are taken; nothing is flipped. Points are measured
-    as they are.
+    as they are. Features of real images are kept in the user's cache (``$DIFFGAN_FAST_CACHE`` moves it) if the
+    extractor has a ``hash``, so that a second evaluation costs the samples only.
 
     Args:
-        samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2.
+        samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2 (precision, recall, density and
+            coverage need 6).
         data: the reference, normally the training split.
-        metrics: names out of :func:`available`; None is all that measure this kind of data: "fid", "kid" and "is" of
-            images, "kl" of points.
-        extractor: callable, images ``[n, C, H, W]`` in [-1, 1] -> features ``[n, d]``, or (features, logits
-            ``[n, K]``); its attributes ``name``, ``hash`` and ``comparable`` are reported if it has them.
-            None is the :class:`DomainClassifier` of ``data``. Points have none.
+        metrics: names out of :func:`available`; None is all that measure this kind of data, but "fid_infinity".
+        extractor: a name out of :func:`extractors`, or a callable, images ``[n, C, H, W]`` in [-1, 1] -> features
+            ``[n, d]``, or (features, logits ``[n, K]``); its attributes ``name``, ``hash`` (of weights and
+            preprocessing) and ``comparable`` are reported if it has them. None is "domain", the
+            :class:`DomainClassifier` of ``data``. Points have none.
         held_out: real data for the floors, normally the test split; None sets one half of the reference
             against the other. The floor takes n of them, or as many as there are.
         max_reference: if there are more images in ``data``, a fixed random choice of this many is the reference; None
-            takes all. Points are always all taken: the bias of "kl" depends on their number.
+            takes all. Points are always all taken: the bias of "kl" depends on their number. Precision, recall, density
+            and coverage take as many real samples as there are samples, or the other way round.
+        halves: on how many random halves of the samples the spread is measured; 0 leaves it out.
 
     Returns:
-        - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``kl_floor``: the same for real data;
+        - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``precision_real``, …, ``kl_floor``: the
+          same for real data;
+        - ``spread``: for each metric the standard deviation over halves of the samples, drawn without replacement. It
+          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20;
         - ``n``, ``reference_n``, ``floor_n``: numbers of samples, of the reference, and of real data in the floors;
-        - with logits: ``mean_top_probability`` of the samples, and ``smallest_class_share``, the share of the
-          samples that are of the rarest class (both 0..1);
+        - with logits: ``mean_top_probability`` of the samples, ``smallest_class_share``, the share of the samples that
+          are of the rarest class (both 0..1), and ``classes_covered``;
         - of images, ``extractor``: its name, hash and ``comparable``, which is also a value of its own: whether scores
           may be compared with published ones;
-        - ``labels``: how each metric is to be called in print, for example "FID (domain)".
+        - ``labels``: how each metric is to be called in print, for example "FID (domain)";
+        - ``warnings``: sentences that say which scores are of too few samples, and why. They are given as
+          :class:`SmallSampleWarning` too.
 
     Raises:
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
+        FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
-    metrics = _fitting(data) if metrics is None else metrics
-    _check(samples, data, metrics, extractor)
+    metrics = [m for m in _fitting(data) if _METRICS[m].default] if metrics is None else metrics
+    _check(samples, data, metrics, extractor, halves)
     about: dict[str, Any] = {}
-    extract: Callable[..., Extracted] = _points
-    if not data.points:
-        extractor = extractor or DomainClassifier.for_data(data)
-        about, extract = _describe(extractor), partial(_extract, extractor)
+    samples = samples.to(data.values.device)
+    if data.points:
+        fake, extract_from = Extracted(samples), _points
+    else:
+        if extractor is None or isinstance(extractor, str):
+            extractor = find_extractor(extractor or "domain", data)
+        about, extract_from = describe(extractor), partial(features_of, extractor)
         if max_reference is not None and len(data) > max_reference:
             data = data.subset(max_reference)
-    fake = extract(samples.to(data.values.device).split(500))
-    real = extract(_batches(data))
+        fake = extract(extractor, samples.split(BATCH), len(samples))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
-    pair = _real_pair(held_out, real, len(samples), extract)
-    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), "floor_n": len(pair[1].features)}
+    reference = _Reference(extract_from(data))
+    floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
+    scores, floors = _scores(metrics, reference, fake), _scores(metrics, floor_reference, floor)
+    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), "floor_n": len(floor)}
     for name in metrics:
-        metric = _METRICS[name]
-        result[name] = metric.score(real, fake)
-        result[metric.floor] = metric.score(*pair)
+        result |= {name: scores[name], _METRICS[name].floor: floors[name]}
+    if halves and len(samples) >= LEAST_FOR_SPREAD:
+        result["spread"] = _spread(metrics, reference, fake, halves)
     if fake.logits is not None:
-        probabilities = torch.from_numpy(fake.logits).softmax(1)
+        probabilities = fake.logits.double().softmax(1)
         counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
         result["mean_top_probability"] = probabilities.amax(1).mean().item()
         result["smallest_class_share"] = counts.min().item() / len(samples)
+        result["classes_covered"] = int((counts > 0).sum())
     if about:
         result |= {"extractor": about, "comparable": about["comparable"]}
-    return result | {"labels": {name: label(name, about) for name in metrics}}
+    cautions = _cautions(metrics, min(len(samples), len(data)), fake)
+    for caution in cautions:
+        warnings.warn(caution, SmallSampleWarning, stacklevel=2)
+    return result | {"labels": {name: label(name, about) for name in metrics}, "warnings": cautions}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .. import files
 from ..data import Data, to_uint8
 from ..data.registry import cache_dir
 
@@ -24,6 +25,15 @@ IMAGES_SEEN, BATCH, SEED = 60_000, 128, 0
 def quantise(x: Tensor) -> Tensor:
     """Images in [-1, 1] as they are once stored as uint8 (:func:`diffgan_fast.data.to_uint8`)."""
     return to_uint8(x).to(torch.float32).div_(127.5).sub_(1)
+
+
+def weights_hash(net: nn.Module, about: str = "") -> str:
+    """BLAKE2b (16 hex digits) of all weights of a network, and of what else makes its features what they are."""
+    digest = blake2b(about.encode(), digest_size=8)
+    for key, value in sorted(net.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class DomainClassifier(nn.Module):
@@ -82,11 +92,7 @@ class DomainClassifier(nn.Module):
     @property
     def hash(self) -> str:
         """BLAKE2b (16 hex digits) of all weights: scores are comparable only where it is the same."""
-        digest = blake2b(digest_size=8)
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return weights_hash(self)
 
     @classmethod
     def for_data(cls, data: Data) -> "DomainClassifier":
@@ -166,14 +172,7 @@ class DomainClassifier(nn.Module):
         """Write weights and description to one safetensors file, atomically."""
         about = {"shape": list(self.shape), "classes": self.classes, "accuracy": self.accuracy}
         content = save({k: v.cpu() for k, v in self.state_dict().items()}, {"classifier": json.dumps(about)})
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        files.write(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DomainClassifier":

@@ -1,15 +1,44 @@
 """KL divergence between two sets of points, from distances to nearest neighbours. All arithmetic is float64."""
 
+from functools import cached_property
+
 import numpy as np
 from scipy.spatial import cKDTree
 
-from .distances import checked_pair
+from .checks import checked_pair
 
 
-def _mean_log_distance(tree: cKDTree, points: np.ndarray, rank: int) -> float:
-    """Mean natural logarithm of the Chebyshev distance from each point to the one of this rank in the tree."""
-    distances = tree.query(points, k=[rank], p=np.inf, workers=-1)[0]
+def _mean_log_distance(points: np.ndarray, among: np.ndarray, rank: int) -> float:
+    """Mean natural logarithm of the Chebyshev distance from each point to the one of this rank among others."""
+    distances = cKDTree(among).query(points, k=[rank], p=np.inf, workers=-1)[0]
     return float(np.log(distances).mean()) if distances.all() else -np.inf
+
+
+class RealPoints:
+    """Real points, float64 ``[n, d]``, and the distances within them, found once for any number of fake sets."""
+
+    def __init__(self, real: np.ndarray, k: int = 5):
+        self.real, self.k = real, k
+
+    @cached_property
+    def _own(self) -> float:
+        return _mean_log_distance(self.real, self.real, self.k + 1)
+
+    def kl(self, fake: np.ndarray) -> float:
+        """What :func:`knn_kl` gives for float64 ``[m, d]``."""
+        (n, d), m, k = self.real.shape, len(fake), self.k
+        if not 1 <= k <= min(n - 1, m):
+            raise ValueError(f"k must be 1..{min(n - 1, m)} for {n} real and {m} fake points, not {k}")
+        if not np.isfinite(self._own):
+            raise ValueError(
+                f"real holds a point more than k = {k} times: drop its copies, add a little noise, or raise k"
+            )
+        other = _mean_log_distance(self.real, fake, k)
+        if not np.isfinite(other):
+            raise ValueError(
+                f"fake holds a point of real k = {k} times or more: it must not consist of copies of real points"
+            )
+        return float((np.log(m / (n - 1)) + d * (other - self._own)) / np.log(2))
 
 
 def knn_kl(real, fake, k: int = 5) -> float:
@@ -35,15 +64,5 @@ def knn_kl(real, fake, k: int = 5) -> float:
 
     Source: Wang, Kulkarni and Verdú 2009 (doi:10.1109/TIT.2009.2016060), Eq. 5; NPEET (github.com/gregversteeg/NPEET).
     """
-    real, fake = checked_pair(real, fake)
-    (n, d), m = real.shape, len(fake)
-    if not 1 <= k <= min(n - 1, m):
-        raise ValueError(f"k must be 1..{min(n - 1, m)} for {n} real and {m} fake points, not {k}")
-    own, other = _mean_log_distance(cKDTree(real), real, k + 1), _mean_log_distance(cKDTree(fake), real, k)
-    if not np.isfinite(own):
-        raise ValueError(f"real holds a point more than k = {k} times: drop its copies, add a little noise, or raise k")
-    if not np.isfinite(other):
-        raise ValueError(
-            f"fake holds a point of real k = {k} times or more: it must not consist of copies of real points"
-        )
-    return float((np.log(m / (n - 1)) + d * (other - own)) / np.log(2))
+    real, fake = (values.cpu().numpy() for values in checked_pair(real, fake))
+    return RealPoints(real, k).kl(fake)

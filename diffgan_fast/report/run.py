@@ -134,6 +134,8 @@ def _evaluation(evaluation: dict, history: list[dict], by_level: dict[str, list]
     sections = []
     if evaluation:
         notes = score_notes(evaluation)
+        if "spread" in evaluation:
+            notes.append("± is the standard deviation over random halves of the samples.")
         if data in ("digits", "mnist") and (verdict := recognisable_digits(evaluation)):
             notes.insert(0, verdict)
         body = html_table(score_rows(evaluation), SCORE_COLUMNS) + "".join(paragraph(note, "note") for note in notes)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from .table import is_number
 
-SCORE_COLUMNS = {"metric": "metric", "value": "samples", "floor": "real data"}
+SCORE_COLUMNS = {"metric": "metric", "value": "samples", "spread": "±", "floor": "real data"}
 
 _HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage"}
 _NOT_SCORES = {"n", "reference_n", "floor_n", "comparable", "step", "seed"}
@@ -21,8 +21,8 @@ def score_rows(evaluation: Mapping) -> list[dict]:
         evaluation: what ``metrics.evaluate`` returned, or the same from ``evaluation.json``.
 
     Returns:
-        dicts of "metric", "value" and "floor" (None where there is no such value); labelled metrics first, then
-        the other numbers under their own names.
+        dicts of "metric", "value", "spread" and "floor" (None where there is no such value); labelled metrics first,
+        then the other numbers under their own names.
     """
     labels = evaluation.get("labels", {})
     floors = {metric: _floor_key(evaluation, metric) for metric in evaluation}
@@ -35,6 +35,7 @@ def score_rows(evaluation: Mapping) -> list[dict]:
         {
             "metric": labels.get(key, key.replace("_", " ")),
             "value": evaluation.get(key),
+            "spread": evaluation.get("spread", {}).get(key),
             "floor": evaluation.get(floors.get(key)),
         }
         for key in [*labels, *rest]
@@ -87,7 +88,7 @@ def score_notes(evaluation: Mapping) -> list[str]:
         notes.append(
             "These are in-domain scores: compare them only with scores on the same features, never with published ones."
         )
-    return notes
+    return notes + list(evaluation.get("warnings", []))
 
 
 def recognisable_digits(evaluation: Mapping) -> str | None:

@@ -97,6 +97,16 @@ def test_expected_memory_of_the_chain(recompute, kept):
     assert abs(chain.expected(300, 128, recompute) - want) < 1e-6
 
 
+def test_metrics_benchmark():
+    from benchmarks import metrics
+
+    rows = report.with_ratios(metrics.run(QUICK))
+    assert {row["provider"] for row in rows} >= {metrics.OURS, "sqrtm", "eigvals", "subset"}
+    assert not report.red(rows), report.table(rows)
+    assert all(row["over_libraries"] > 0 and row["peak_mib"] >= 0 for row in rows if row["case"] != "precision-recall")
+    assert set().union(*rows) <= set(report.COLUMNS)
+
+
 def test_compile_modes():
     """Both modes are measured; fallback_random draws what eager draws, the default does not."""
     size = cases.Size((300,), torch.float32, torch.device("cpu"))

@@ -3,7 +3,20 @@ import pytest
 import torch
 
 from diffgan_fast.data import FloatData, ImageData, load
-from diffgan_fast.metrics import DomainClassifier, available, evaluate, fid, inception_score, kid, knn_kl, label
+from diffgan_fast.metrics import (
+    DomainClassifier,
+    SmallSampleWarning,
+    available,
+    evaluate,
+    fid,
+    inception_score,
+    kid,
+    knn_kl,
+    label,
+    prdc,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
 
 TRAIN, TEST = load("digits"), load("digits", split="test")
 REAL = TEST.batch(slice(None))
@@ -38,6 +51,7 @@ def test_real_images_score_their_floor_and_are_recognisable():
     for metric, floor in (("fid", "fid_floor"), ("kid", "kid_floor"), ("is", "is_real")):
         assert result[metric] == pytest.approx(result[floor], rel=1e-4)
     assert (result["n"], result["reference_n"], result["floor_n"], result["comparable"]) == (360, 1437, 360, False)
+    assert result["classes_covered"] == 10
     assert result["mean_top_probability"] >= 0.9 and result["smallest_class_share"] >= 0.03
     assert result["is"] > 8
 
@@ -91,10 +105,70 @@ def test_reference_is_capped():
     assert sum(seen) == 360 + 700
 
 
+def test_precision_and_its_kin_take_equal_numbers():
+    result = evaluate(REAL, TRAIN, metrics=["coverage", "recall"], extractor=pixels, halves=0)
+    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(TRAIN))[:360]
+    order = np.random.Generator(np.random.PCG64(0)).permutation(360)
+    expected = prdc(TRAIN.batch(chosen).flatten(1), REAL[order].flatten(1))
+    assert (result["recall"], result["coverage"]) == (expected.recall, expected.coverage)
+    assert "precision" not in result and "spread" not in result and 0.5 < result["recall_real"] <= 1
+    assert evaluate(noisy(0.5), TRAIN, metrics=["precision"])["precision"] < result["recall"]
+
+
+def test_spread_is_about_the_standard_error():
+    def draw(n, seed):
+        return torch.rand(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    data = FloatData(draw(400, 0))
+    results = [evaluate(draw(100, seed) * 0.6, data, metrics=["fid", "kid"], extractor=pixels) for seed in range(1, 31)]
+    for metric in ("fid", "kid"):
+        spread = np.mean([result["spread"][metric] for result in results])
+        assert 0.6 < spread / np.std([result[metric] for result in results], ddof=1) < 1.6, metric
+
+
+def test_features_of_real_images_are_computed_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    seen = []
+
+    class Counting:
+        name, hash = "counting", "1"
+
+        def __call__(self, images):
+            seen.append(len(images))
+            return pixels(images), pixels(images)[:, :10]
+
+    first = evaluate(REAL, TRAIN, held_out=TEST, extractor=Counting())
+    assert sum(seen) == 360 + 1437 + 360
+    assert evaluate(REAL, TRAIN, held_out=TEST, extractor=Counting()) == first
+    assert sum(seen) == 360 + 1437 + 360 + 360
+    for change in ({"hash": "2"}, {"name": "other"}):
+        other = type("Other", (Counting,), change)()
+        before = sum(seen)
+        assert evaluate(REAL, TRAIN, metrics=["fid"], extractor=other)["fid"] == first["fid"]
+        assert sum(seen) == before + 360 + 1437
+
+
+def test_too_few_samples_are_said_to_be(recwarn):
+    warned = evaluate(REAL[:40], TRAIN)["warnings"]
+    assert [text.split()[0] for text in warned] == ["FID", "IS", "Precision,"]
+    assert "40 are for 64 features. Take 320 or more" in warned[0]
+    assert "downwards by up to 11.2%" in warned[1] and "Take 500 or more" in warned[1]
+    with pytest.warns(SmallSampleWarning, match="FID is biased upwards"):
+        evaluate(REAL[:40], TRAIN, metrics=["fid"])
+    assert evaluate(REAL[:40], TRAIN, metrics=["kid"])["warnings"] == []
+
+
+def test_extrapolated_fid_is_there_by_name():
+    result = evaluate(REAL[:200], TRAIN, held_out=TEST, metrics=["fid", "fid_infinity"], halves=0)
+    assert result["fid_infinity"] < result["fid"] and result["labels"]["fid_infinity"] == "FID∞ (domain)"
+    assert "fid_infinity_floor" in result
+
+
 def test_labels_never_call_a_domain_score_plain():
     net = DomainClassifier.for_data(TRAIN)
     result = evaluate(REAL, TRAIN, held_out=TEST)
-    assert result["labels"] == {"fid": "FID (domain)", "kid": "KID (domain)", "is": "IS (domain)"}
+    names = {"fid": "FID", "kid": "KID", "is": "IS"} | {m: m for m in ("precision", "recall", "density", "coverage")}
+    assert result["labels"] == {metric: f"{name} (domain)" for metric, name in names.items()}
     assert result["extractor"] == {"name": "domain", "hash": net.hash, "comparable": False}
     assert label("fid", net) == label("fid", result["extractor"]) == "FID (domain)"
 
@@ -102,7 +176,8 @@ def test_labels_never_call_a_domain_score_plain():
         name, comparable = "inception", True
 
     assert label("fid", Inception()) == "FID"
-    assert set(available()) == {"fid", "kid", "is", "kl"}
+    assert label("recall", Inception()) == "recall (inception)"  # its published values are on VGG-16's features
+    assert set(available()) == {*names, "fid_infinity", "kl"}
 
 
 def test_points_are_measured_as_they_are_and_against_all_of_them():
@@ -112,7 +187,7 @@ def test_points_are_measured_as_they_are_and_against_all_of_them():
     floor = knn_kl(POINTS.values, held_out.subset(100).values)
     assert result == {
         "n": 100, "reference_n": 300, "floor_n": 100, "kl": knn_kl(POINTS.values, samples), "kl_floor": floor,
-        "labels": {"kl": "KL (bits)"},
+        "spread": {"kl": result["spread"]["kl"]}, "labels": {"kl": "KL (bits)"}, "warnings": [],
     }  # fmt: skip
     assert evaluate(samples + 1, POINTS)["kl"] > 0.5 + evaluate(samples, POINTS)["kl"]
     assert evaluate(samples, POINTS, metrics=["kl"])["floor_n"] == 100
@@ -131,17 +206,19 @@ def test_mnist_noise_order(real_data):
 @pytest.mark.parametrize(
     "samples, data, kw, message",
     [
-        (REAL, TRAIN, {"metrics": ["fidelity"]}, "metrics must be among fid, kid, is, not 'fidelity'"),
+        (REAL, TRAIN, {"metrics": ["fidelity"]}, "metrics must be among fid, .*, coverage, not 'fidelity'"),
         (REAL[:, :, 1:], TRAIN, {}, r"samples must be \[n >= 2, 1, 8, 8\] .* not \[360, 1, 7, 8\]"),
         (REAL[:1], TRAIN, {}, "n >= 2"),
         (TEST.images, TRAIN, {}, "samples must be floats"),
         (REAL * torch.nan, TRAIN, {}, "samples must be finite"),
         (REAL, ImageData(TRAIN.images), {}, "no labels"),
-        (REAL, TRAIN, {"extractor": 3}, "extractor must be a callable"),
+        (REAL, TRAIN, {"halves": 1}, "halves must be 0 or at least 2, not 1"),
+        (REAL[:5], TRAIN, {"metrics": ["density"]}, "density_k must be 1..4"),
+        (REAL, TRAIN, {"extractor": 3}, "extractor must be a name or a callable"),
         (REAL, TRAIN, {"extractor": pixels}, "'is'. need an extractor"),
         (REAL, TRAIN, {"extractor": lambda x: x}, r"extractor must give features \[360, d\]"),
         (REAL, POINTS, {}, r"samples must be \[n >= 2, 2\] as data 'data' has, not \[360, 1, 8, 8\]"),
-        (REAL, TRAIN, {"metrics": ["kl"]}, "metrics must be among fid, kid, is, not 'kl': data 'digits' holds images"),
+        (REAL, TRAIN, {"metrics": ["kl"]}, "metrics must be .*, not 'kl': data 'digits' holds images"),
         (POINTS.values, POINTS, {"metrics": ["fid", "kl"]}, "among kl, not 'fid': data 'data' holds points"),
         (POINTS.values, POINTS, {"extractor": pixels}, "extractor must be None: data 'data' holds points"),
         (POINTS.values[:3], POINTS, {}, r"k must be 1..3 for 300 real and 3 fake points"),

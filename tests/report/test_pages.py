@@ -28,6 +28,7 @@ EVALUATION = {
     "mean_top_probability": 0.95, "smallest_class_share": 0.05, "comparable": False,
     "extractor": {"name": "domain", "hash": "0123456789abcdef", "comparable": False},
     "labels": {"fid": "FID (domain)", "kid": "KID (domain)", "is": "IS (domain)"},
+    "spread": {"fid": 0.25, "kid": 0.001, "is": 0.5}, "warnings": ["FID is biased."],
 }  # fmt: skip
 CONFIG = {
     "method": "method3.5", "data": "digits", "seed": 7, "given": [], "shape": [1, 8, 8],
@@ -74,7 +75,8 @@ def test_a_whole_run(run_dir, parse):
     assert headings(html) == [*sections, "Settings"]
     text = "\n".join(seen.text)
     for part in ("40\nsteps", "5,120\nimages seen", "20.0 s\ntraining time", "256\nimages / s", "12.50\nFID (domain)",
-                 "√ᾱ_T = 0.219", "FID (domain)\n12.50\n3.250", "IS (domain)\n8.000\n9.000", "2,000 samples", "360 real",
+                 "√ᾱ_T = 0.219", "FID (domain)\n12.50\n0.2500\n3.250", "FID is biased.", "± is the standard deviation",
+                 "IS (domain)\n8.000\n0.5000\n9.000", "2,000 samples", "360 real",
                  "domain (weights 0123456789abcdef)", "never with published", "Recognisable digits: missed", "seed\n7",
                  "lr\n1e-05", "ema\n–", "flip\nyes", "given\n–", "shape\n1, 8, 8", "<script>alert(1)</script>",
                  "torch\n2.13"):  # fmt: skip
@@ -120,10 +122,10 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
 
 def test_scores():
     rows = score_rows(EVALUATION)
-    assert rows[0] == {"metric": "FID (domain)", "value": 12.5, "floor": 3.25}
+    assert rows[0] == {"metric": "FID (domain)", "value": 12.5, "spread": 0.25, "floor": 3.25}
     names = [row["metric"] for row in rows]
     assert names == ["FID (domain)", "KID (domain)", "IS (domain)", "mean top probability", "smallest class share"]
-    assert score_notes({}) == [] and len(score_notes(EVALUATION)) == 4
+    assert score_notes({}) == [] and len(score_notes(EVALUATION)) == 5
     assert not any("published" in note for note in score_notes(EVALUATION | {"comparable": True}))
 
 

@@ -1,0 +1,206 @@
+"""FID, KID, precision and recall from the same float64 features: the libraries' procedures against ours.
+
+The procedures are written out as the libraries run them, so that nothing but scipy is needed; prdc is called itself.
+    sqrtm       FID by scipy's matrix square root (pytorch-fid 0.3.0, clean-fid 0.1.35)
+    eigvals     FID by eigenvalues of the unsymmetric product (torch-fidelity 0.4.0)
+    subset      KID by three kernel matrices a subset (torch-fidelity 0.4.0, torchmetrics 1.9.0)
+    prdc        prdc 0.2, where it is installed
+
+Means and covariances are timed too, but in `fid-statistics`, which starts from them. Every value is checked first: of
+few samples against the eigenvalues of the float64 Gram matrix (ours to 1e-8, others to 1e-5), else against `eigvals`,
+`subset` and prdc to 1e-6. `peak_mib` is what the process takes at most above what it holds before, sampled every
+millisecond. Quick sizes only show that everything works.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import linalg
+
+from benchmarks.cases import Options
+from benchmarks.harness import quantiles
+from diffgan_fast import metrics
+
+OURS = "dgf-metrics"
+
+
+@dataclass(frozen=True)
+class Case:
+    """providers: name -> call. expected: the value that all must give, and the relative error allowed to others."""
+
+    name: str
+    shape: str
+    providers: dict[str, Callable[[], Any]]
+    expected: Callable[[], Any]
+    ours: float = 1e-6
+    others: float = 1e-6
+
+
+def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def fid_by(root: Callable[[np.ndarray], float], mu1, cov1, mu2, cov2) -> float:
+    """The textbook formula; `root` gives the trace of the square root of a product."""
+    return float(np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root(cov1 @ cov2))
+
+
+def trace_by_sqrtm(product: np.ndarray) -> float:
+    return np.trace(linalg.sqrtm(product).real)
+
+
+def trace_by_eigvals(product: np.ndarray) -> float:
+    return np.sqrt(np.linalg.eigvals(product).astype(complex)).real.sum()
+
+
+def fid_by_gram(x: np.ndarray, y: np.ndarray) -> float:
+    """The exact value where samples are fewer than features."""
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    gram = xc @ yc.T / np.sqrt((len(x) - 1) * (len(y) - 1))
+    roots = np.sqrt(np.linalg.eigvalsh(gram @ gram.T).clip(0)).sum()
+    traces = np.square(xc).sum() / (len(x) - 1) + np.square(yc).sum() / (len(y) - 1)
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + traces - 2 * roots)
+
+
+def kid_of_subset(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased, from three whole kernel matrices."""
+    m, d = x.shape
+    k_xx, k_xy, k_yy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (x, y), (y, y)))
+    within = sum(k.sum() - np.trace(k) for k in (k_xx, k_yy)) / (m * (m - 1))
+    return float(within - 2 * k_xy.sum() / m**2)
+
+
+def kid_of_subsets(x: np.ndarray, y: np.ndarray, subsets: int, size: int) -> tuple[float, float]:
+    draw = np.random.RandomState(2020).choice
+    values = []
+    for _ in range(subsets):
+        chosen = y[draw(len(y), size, replace=False)]
+        values.append(kid_of_subset(x[draw(len(x), size, replace=False)], chosen))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def features(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """Correlated alike for every seed, with the fast decay of variances that networks' features have."""
+    mix = np.random.RandomState(0).standard_normal((d, d)) / np.sqrt(d)
+    x = np.random.RandomState(seed).standard_normal((n, d)) * np.arange(1, d + 1) ** -0.5
+    return x @ mix * scale + shift
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """Each made when its turn comes, so that the features of one are gone before those of the next."""
+    d, few, more, size, subsets, many = (
+        (24, 9, 20, 10, 5, 60) if options.quick else (2048, 500, 2000, 1000, 100, 10_000)
+    )
+
+    def pair(n: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+        x, y = features(n, d, 1), features(n, d, 2, 1.02, 0.005)
+        return x, y, *(torch.from_numpy(of).to(options.device) for of in (x, y))
+
+    def fid_of(name: str, n: int, cached: bool = False) -> Case:
+        x, y, ours_x, ours_y = pair(n)
+        known = metrics.Moments.from_statistics(*statistics(x), n) if cached else None
+        mu, cov = statistics(x)
+
+        def library(root):
+            return fid_by(root, *((mu, cov) if cached else statistics(x)), *statistics(y))
+
+        return Case(
+            name, f"2x{n}x{d}",
+            {"sqrtm": lambda: library(trace_by_sqrtm), "eigvals": lambda: library(trace_by_eigvals),
+             OURS: lambda: metrics.fid(known or ours_x, ours_y)},
+            lambda: fid_by_gram(x, y), 1e-7 if cached else 1e-8, 1e-4,
+        )  # fmt: skip
+
+    def fid_of_statistics() -> Case:
+        x, y, *_ = pair(5 * d // 2)
+        given = (*statistics(x), *statistics(y))
+        return Case(
+            "fid-statistics", f"2x{d}x{d}",
+            {"sqrtm": lambda: fid_by(trace_by_sqrtm, *given), "eigvals": lambda: fid_by(trace_by_eigvals, *given),
+             OURS: lambda: metrics.fid_from_statistics(*given)},
+            lambda: fid_by(trace_by_eigvals, *given),
+        )  # fmt: skip
+
+    def kid_subsets() -> Case:
+        x, y, ours_x, ours_y = pair(5 * size // 2)
+        return Case(
+            "kid-subsets", f"{subsets}x{size} of {len(x)}x{d}",
+            {"subset": lambda: kid_of_subsets(x, y, subsets, size),
+             OURS: lambda: metrics.kid(ours_x, ours_y, subsets=subsets, subset_size=size, seed=2020)},
+            lambda: kid_of_subsets(x, y, subsets, size),
+        )  # fmt: skip
+
+    def kid_full() -> Case:
+        x, y, ours_x, ours_y = pair(size)
+        return Case(
+            "kid-full", f"2x{size}x{d}",
+            {"subset": lambda: kid_of_subset(x, y), OURS: lambda: metrics.kid(ours_x, ours_y)},
+            lambda: kid_of_subset(x, y),
+        )  # fmt: skip
+
+    def neighbours() -> Case:
+        x, y, ours_x, ours_y = pair(many)
+        providers: dict[str, Callable[[], Any]] = {OURS: lambda: metrics.prdc(ours_x, ours_y, 5, 5)}
+        if importlib.util.find_spec("prdc"):
+            import prdc
+
+            providers["prdc"] = lambda: tuple(prdc.compute_prdc(x, y, 5).values())
+        return Case("precision-recall", f"2x{many}x{d}", providers, providers.get("prdc", providers[OURS]))
+
+    return [lambda: fid_of("fid-few", few), lambda: fid_of("fid-fewer-than-features", more),
+            lambda: fid_of("fid-cached-reference", few, cached=True), fid_of_statistics, kid_full, kid_subsets,
+            neighbours]  # fmt: skip
+
+
+def peak_of(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The value of a call, and the MiB that the process takes at most above what it holds before."""
+    page, statm = 4096, Path("/proc/self/statm")
+    held = [int(statm.read_text().split()[1])]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            held.append(int(statm.read_text().split()[1]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        value = call()
+    finally:
+        done.set()
+        thread.join()
+    return value, (max(held) - held[0]) * page / 2**20
+
+
+def run(options: Options) -> list[dict]:
+    """The rows of this benchmark: providers in turn, three rounds after one that is checked."""
+    rows = []
+    for make in cases(options):
+        case = make()
+        expected = np.array(case.expected())
+        found: dict[str, dict[str, Any]] = {}
+        for name, call in case.providers.items():
+            value, peak = peak_of(call)
+            error = float(np.max(np.abs(np.array(value) - expected) / np.abs(expected)))
+            allowed = case.ours if name == OURS else case.others
+            status = "ok" if error <= allowed else f"RED: relative error {error:.1e}, allowed {allowed:g}"
+            found[name] = {"status": status, "peak_mib": peak, "seconds": []}
+        for _ in range(1 if options.quick else 3):
+            for name, call in case.providers.items():
+                started = time.perf_counter()
+                call()
+                found[name]["seconds"].append(time.perf_counter() - started)
+        for name, about in found.items():
+            row = {"benchmark": "metrics", "case": case.name, "shape": case.shape, "dtype": "float64",
+                   "device": options.device, "threads": options.threads, "provider": name}  # fmt: skip
+            rows.append(row | quantiles(about.pop("seconds")) | about)
+    return rows

