@@ -185,9 +185,10 @@ def compare(
         kind, chosen = find_method(name), {**common, **options.get(name, {})}
         start: dict[str, Any] = {"base": base} if kind.fine_tunes else {}
         config = kind.Config.make(chosen.get("preset"), **{k: v for k, v in chosen.items() if k in known_to(kind)})
-        if kind.pretrained_critic(config) and "critic" not in chosen:  # one for all
+        if kind.pretrained_critic(config) and "critic" not in chosen:  # one for all of its width
             shared = {k: v for k, v in common.items() if k in ("device", "subset", "progress")}
-            start["critic"] = _train_critic(data, folder / "critic", kind, config, {"seed": seed, **shared})
+            where = folder / f"critic-{config.critic_width}"
+            start["critic"] = _train_critic(data, where, kind, config, {"seed": seed, **shared})
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **chosen)
         if name == "ddpm" and base is None:
             base = run
@@ -249,6 +250,11 @@ def _resolve(method, data, preset, base, critic, model, generator, device, subse
             raise ValueError(f"{name} is {value!r} in the {run} run, and cannot be {options[name]!r} here")
     config = kind.Config.make(preset, **{name: value for name, (value, _) in dictated.items()} | options)
     instance = kind(config, train_data.shape, train_data.num_classes)
+    if judge is not None and kind.pretrained_critic(config) is None:
+        raise ValueError("critic must be None or a network with critic_start='scratch'; got a run of 'gan'")
+    if judge is not None and judge.method.shape != instance.shape:
+        theirs, ours = list(judge.method.shape), list(instance.shape)
+        raise ValueError(f"critic must be a run on data of shape {ours} as {train_data.name!r} has, not of {theirs}")
     own = {"denoiser": model, "critic": critic, "generator": generator}
     given = {name: net for name, net in own.items() if net is not None}
     with torch.device("meta"):  # for the errors alone
@@ -272,9 +278,8 @@ def known_to(kind: type[Method]) -> set[str]:
 
 def _train_base(data, folder, preset, config, common) -> Run:
     """The `ddpm` that a fine-tuning method starts from, with the settings that concern its denoiser."""
-    preset = "student" if preset == "as-coded" else preset
     if preset not in find_method("ddpm").Config.PRESETS:
-        preset = None
+        preset = "student" if config.network == "student" else None
     shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
     return train("ddpm", data, folder, preset=preset, resume=True, **common, **shared)
 
@@ -351,8 +356,9 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, stored))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:
-            names = ", ".join(different)
-            raise ValueError(f"out {folder} holds a run with other settings ({names}): it cannot be resumed so")
+            names, used = ", ".join(different), [f"{source}=" for source in ("base", "critic") if stored.get(source)]
+            hint = f"; it started with {' and '.join(used)}, which say some of them" if used else ""
+            raise ValueError(f"out {folder} holds a run with other settings ({names}): it cannot be resumed so{hint}")
         if done and settings["config"]["steps"] < done[-1]:
             raise ValueError(f"steps must be at least {done[-1]}, which out {folder} has trained; got {ours['steps']}")
     elif done:

@@ -40,6 +40,12 @@ app.add_typer(reproduce_app, name="reproduce")
 Data = Annotated[str, typer.Option(help="data set by name, or a folder or zip of images", metavar="NAME|PATH")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(help="everything random follows from it")]
+# how a run is sampled, in place of its settings
+Sampler = Annotated[str | None, typer.Option(help="ddpm or ddim [default: the run's]")]
+Steps = Annotated[int | None, typer.Option(help="sampling steps [default: the run's]")]
+Eta = Annotated[float | None, typer.Option(help="noise of ddim [default: the run's]")]
+GuidanceScale = Annotated[float | None, typer.Option(help="classifier-free guidance [default: the run's]")]
+LogitScale = Annotated[float | None, typer.Option(help="weight of a guiding critic [default: the run's]")]
 
 
 def _word_or_int(text: str) -> str | int:
@@ -66,7 +72,7 @@ def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
 
 def _add_train_command(name: str, config: type[TrainConfig]) -> None:
     def command(data, out, plan, resume, **options) -> None:
-        given = {k: v for k, v in options.items() if v is not None}
+        given = _told(**options)
         if plan:
             typer.echo(dgf.plan(name, data, **given))
             return
@@ -115,14 +121,20 @@ def sample(
         Path | None,
         typer.Option(help="a .png (grid, scatter) or .npz (uint8 NHWC, points) [default: RUN/samples/seed-S.png]"),
     ] = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance_scale: GuidanceScale = None,
+    logit_scale: LogitScale = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a run."""
+    how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
     out = out or run / "samples" / f"seed-{seed}.png"
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
     source = dgf.load(run, device=device)
-    samples = source.sample(n, seed, labels=label)
+    samples = source.sample(n, seed, labels=label, **how)
     if samples.ndim == 2 and out.suffix == ".png":
         report.scatter(samples, out, source.reference().values if source.named else None)
     elif out.suffix == ".png":
@@ -149,23 +161,36 @@ def evaluate(
         str | None, typer.Option(help=f"{', '.join(dgf.metrics.extractors())} [default: domain]", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance_scale: GuidanceScale = None,
+    logit_scale: LogitScale = None,
     device: Device = "auto",
 ) -> None:
     """Measure a run's samples, or samples made by anything else, against a data set."""
+    how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
     names = [name for given in metrics or () for name in given.split(",")] or None
     is_run = (what / "config.json").exists()
+    if how and not is_run:
+        raise ValueError(f"{', '.join(how)} must not be given: {what} is no run to sample from")
     if is_run and against is None:
-        result = dgf.load(what, device=device).evaluate(n or 2000, metrics=names, extractor=extractor)
+        result = dgf.load(what, device=device).evaluate(n or 2000, metrics=names, extractor=extractor, **how)
         report.write_run(what)
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
     else:
-        samples = dgf.load(what, device=device).sample(n or 2000, seed=1) if is_run else _stored(what, n)
+        samples = dgf.load(what, device=device).sample(n or 2000, seed=1, **how) if is_run else _stored(what, n)
         data, on = dgf.data.load(against), pick_device(device)
         held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
         result = dgf.metrics.evaluate(samples, data.to(on), **options)
     typer.echo(json.dumps(result, indent=1) if as_json else _scores([{"method": what.name, **result}]))
+
+
+def _told(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _stored(path: Path, n: int | None) -> torch.Tensor:

@@ -96,6 +96,7 @@ class Run:
         ema: bool = True,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
+        **how: Any,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
 
@@ -104,12 +105,20 @@ class Run:
             ema: from the averaged weights, if the run has them.
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
+            how: what the method's `sampling_options` name, in place of the run's settings; of a denoiser steps=,
+                sampler=, eta=, variance=, clip_x0=, guidance_scale=, as for `sampling.Reverse`.
 
         Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        if unknown := how.keys() - set(self.method.sampling_options):
+            known = ", ".join(self.method.sampling_options) or "none"
+            wrong = ", ".join(sorted(unknown))
+            raise ValueError(f"no options of sampling by method {self.method.name!r}: {wrong} (there are: {known})")
         if labels is not None:
+            if not self.method.num_classes:
+                raise ValueError(f"labels must be None: the data {self.data_name!r} have no classes")
             labels = torch.as_tensor(labels)
             top, whole = self.method.num_classes - 1, labels.dtype == torch.int64
             if not whole or labels.shape not in ((), (n,)) or not 0 <= labels.min() <= labels.max() <= top:
@@ -125,6 +134,7 @@ class Run:
                 first=first + i,
                 ema=ema,
                 labels=None if labels is None else labels[i : i + batch],
+                **how,
             ).cpu()
             for i in range(0, n, batch)
         ]
@@ -139,15 +149,22 @@ class Run:
         return data_sets.load(self._data, split=split)
 
     def evaluate(
-        self, n: int = 2000, *, metrics: Sequence[str] | None = None, seed: int = 1, extractor: Any = None
+        self,
+        n: int = 2000,
+        *,
+        metrics: Sequence[str] | None = None,
+        seed: int = 1,
+        extractor: Any = None,
+        **how: Any,
     ) -> dict[str, Any]:
         """Measures n samples against the training data, by default with all metrics for this kind of data.
 
         See `metrics.evaluate`. Beside its scores stand `sample_seconds`, which drawing the n samples took, and, where a
-        method on points tells it, `eval_loss` on the test split. The result is kept as evaluation.json.
+        method on points tells it, `eval_loss` on the test split; `sampling` is `how`, which `sample` is given. The
+        result is kept as evaluation.json.
         """
         started = time.perf_counter()
-        samples = self.sample(n, seed)
+        samples = self.sample(n, seed, **how)
         seconds = time.perf_counter() - started
         held_out = self.reference("test") if self.named else None
         result = measures.evaluate(samples, self.reference(), metrics=metrics, extractor=extractor, held_out=held_out)
@@ -155,15 +172,16 @@ class Run:
             key = random.fold_in(random.key(seed), "evaluation")
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
             result |= {} if loss is None else {"eval_loss": loss}
-        result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed}
+        result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed, "sampling": how}
         files.write(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
 
     def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
-        """What `evaluate(n, seed=seed)` gives: read from evaluation.json if that is of this step, n and seed."""
+        """What `evaluate(n, seed=seed)` gives: read from evaluation.json if that is what it holds."""
         path = self.path / "evaluation.json"
         stored = json.loads(path.read_text()) if path.exists() else {}
         known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
+        known = known and not stored.get("sampling")
         return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n, seed=seed)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:

@@ -138,14 +138,15 @@ class Loop:
         first = self.state.step - len(self._pending) + 1
         if not self._pending:
             return
-        flat = torch.stack([v.float() for losses in self._pending for v in losses.values()]).tolist()
+        values = [v.float() for losses in self._pending for v in losses.values()]
+        flat = torch.stack(values).tolist() if values else []
         for step, losses in enumerate(self._pending, first):
-            values = dict(zip(losses, flat[: len(losses)], strict=True))
+            row = dict(zip(losses, flat[: len(losses)], strict=True))
             flat = flat[len(losses) :]
-            for name, value in values.items():
+            for name, value in row.items():
                 if not math.isfinite(value):
                     self._fail(name, step)
-            self.unlogged.append(values)
+            self.unlogged.append(row)
         self._pending.clear()
 
     def _out_of_memory(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +28,8 @@ class Method(ABC):
     """One training method. A subclass is one file that reads like the algorithm box of its paper.
 
     Attributes: `name` and `help` (for lists and the command line), `Config` (its settings), `fine_tunes` (whether it
-    starts from a trained `ddpm`), `has_denoiser` (whether it may start from another run's denoiser).
+    starts from a trained `ddpm`), `has_denoiser` (whether it may start from another run's denoiser),
+    `sampling_options` (what `sample` may be told beside, by name).
     """
 
     name: ClassVar[str]
@@ -36,6 +37,7 @@ class Method(ABC):
     Config: ClassVar[type[TrainConfig]]
     fine_tunes: ClassVar[bool] = False
     has_denoiser: ClassVar[bool] = False
+    sampling_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
         self.config, self.shape, self.num_classes = config, shape, num_classes
@@ -65,11 +67,14 @@ class Method(ABC):
         first: int = 0,
         ema: bool = True,
         labels: torch.Tensor | None = None,
+        **how: Any,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence that `key` names: [n, …], images in [-1, 1].
 
-        labels: int64 [n], the classes of the samples where the method has them; by default in turn. ValueError if it
-        has none.
+        Args:
+            labels: int64 [n], the classes of the samples where the method has them; by default in turn. ValueError if
+                it has none.
+            how: of `sampling_options`, in place of what the config says.
         """
 
     @classmethod

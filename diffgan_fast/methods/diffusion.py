@@ -83,6 +83,7 @@ class DiffusionMethod(Method):
 
     Config: ClassVar[type[TrainConfig]] = DiffusionConfig
     has_denoiser = True
+    sampling_options: ClassVar[tuple[str, ...]] = ("sampler", "steps", "eta", "variance", "clip_x0", "guidance_scale")
     config: DiffusionConfig
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
@@ -170,8 +171,14 @@ class DiffusionMethod(Method):
             guidance_scale=c.guidance_scale,
         )
 
-    def sample(self, state, n, key, *, first=0, ema=True, labels=None, on_step=None):
-        return self.draw(state, n, key, self.reverse(state), first=first, ema=ema, labels=labels, on_step=on_step)
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None, on_step=None, **how):
+        if how.get("guidance_scale", 1.0) != 1.0 and not self.config.conditional:
+            scale = how["guidance_scale"]
+            raise ValueError(f"guidance_scale must be 1 of a denoiser that is told no class, got {scale}")
+        if how.get("clip_x0") and (self.points or self.config.data_range == "unit"):
+            raise ValueError("clip_x0 must be False: it clamps to [-1, 1], and this run's data do not lie there")
+        reverse = self.reverse(state) | how
+        return self.draw(state, n, key, reverse, first=first, ema=ema, labels=labels, on_step=on_step)
 
     def draw(self, state, n, key, reverse, *, first=0, ema=True, labels=None, on_step=None):
         """As `sample`, by the steps that `reverse` says."""

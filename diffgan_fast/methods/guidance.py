@@ -74,6 +74,7 @@ class DiscriminatorGuidance(DiffusionMethod):
     Config = GuidanceConfig
     config: GuidanceConfig
     fine_tunes = True
+    sampling_options = (*DiffusionMethod.sampling_options, "logit_scale", "logit_from")
 
     @property
     def averaged(self):

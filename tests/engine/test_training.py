@@ -129,6 +129,33 @@ def test_samples_are_numbered(tmp_path):
         run.sample(0)
 
 
+def test_a_run_samples_in_other_ways(tmp_path):
+    run = train("ddpm", tmp_path / "a", steps=2)
+    how = dict(sampler="ddim", steps=3, eta=0.5)
+    torch.manual_seed(0)  # the same network
+    as_set = train("ddpm", tmp_path / "b", steps=2, sampler="ddim", sample_steps=3, eta=0.5)
+    assert torch.equal(run.sample(4, **how), as_set.sample(4))
+    assert not torch.equal(run.sample(4), run.sample(4, **how))
+    usual, other = run.evaluate(40), run.evaluate(40, **how)
+    assert other["sampling"] == how and usual["sampling"] == {} and usual["kid"] != other["kid"]
+    assert run.evaluated(40) == {**usual, "sample_seconds": run.evaluated(40)["sample_seconds"]}  # not that of `other`
+    for change, message in [
+        (dict(sample_steps=3), "no options of sampling by method 'ddpm': sample_steps .there are: sampler, steps, eta"),
+        (dict(logit_scale=2.0), "no options of sampling .* logit_scale"),
+        (dict(guidance_scale=2.0), "guidance_scale must be 1 of a denoiser that is told no class, got 2.0"),
+        (dict(steps=99), r"steps must be an int in 1.."),
+        (dict(sampler="euler"), "sampler must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run.sample(2, **change)
+
+
+def test_a_step_that_logs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(dgf.methods.find("ddpm"), "step", lambda self, state, batch, key: {})
+    rows = train("ddpm", tmp_path, steps=2, log_every=1).history
+    assert [set(row) for row in rows] == [{"step", "images_seen", "seconds"}] * 2
+
+
 def test_training_leaves_the_callers_generator_alone(tmp_path):
     torch.manual_seed(5)
     want = torch.rand(3)

@@ -146,7 +146,7 @@ def test_several_methods_share_one_critic_and_one_base(tmp_path, monkeypatch):
     rows = dgf.compare(names, "digits", tmp_path, **common)
     assert [row["method"] for row in rows] == names and all(0 < row["fid"] < 1e4 for row in rows)
     stored = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in names}
-    base, critic = (dgf.load(tmp_path / part) for part in ("base", "critic"))
+    base, critic = (dgf.load(tmp_path / part) for part in ("base", "critic-4"))
     assert base.state.step == 2 and critic.method.name == "gan" and critic.method.config.critic_width == 4
     origin = {"step": 2, "weights": fingerprint(base.state.sampling_net("denoiser"))}
     judge = {"step": 2, "weights": fingerprint(critic.state["critic"])}
@@ -154,7 +154,7 @@ def test_several_methods_share_one_critic_and_one_base(tmp_path, monkeypatch):
     assert {name for name in names if stored[name]["critic"] == judge} == {"method1", "method2"}
     assert all(stored[name]["critic"] is None for name in names if name not in ("method1", "method2"))
     assert fingerprint(dgf.load(tmp_path / "method1").state["critic"]) == judge["weights"]
-    assert sorted(p.parent.name for p in tmp_path.rglob("config.json")) == sorted([*names, "base", "critic"])
+    assert sorted(p.parent.name for p in tmp_path.rglob("config.json")) == sorted([*names, "base", "critic-4"])
     page = (tmp_path / "report.html").read_text()
     assert all(name in page for name in names)
     monkeypatch.setattr(gan.GAN, "step", None)  # nothing is trained again

@@ -169,7 +169,10 @@ def test_bad_labels_are_named(base, labels):
 
 def test_labels_of_a_run_that_is_told_none(tmp_path):
     run = dgf.train("ddpm", DATA, tmp_path, model=Denoiser(), steps=0, T=5, **TINY)
-    with pytest.raises(ValueError, match="labels must be None"):
+    with pytest.raises(ValueError, match="labels must be None: this run's denoiser is told no class"):
+        run.sample(3, labels=1)
+    run = dgf.train("ddpm", DATA.values, tmp_path / "unlabelled", model=Denoiser(), steps=0, T=5, **TINY)
+    with pytest.raises(ValueError, match="labels must be None: the data .* have no classes"):
         run.sample(3, labels=1)
 
 

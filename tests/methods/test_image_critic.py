@@ -278,6 +278,10 @@ def test_a_critic_that_does_not_suit_is_named(runs, tmp_path):
         tune("method2", out, runs, critic=gan, critic_width=8)
     with pytest.raises(ValueError, match="holds no run"):
         tune("method2", out, runs, critic=tmp_path)
+    with pytest.raises(ValueError, match="critic must be None or a network with critic_start='scratch'"):
+        tune("method2", out, runs, critic=gan, critic_start="scratch")
+    with pytest.raises(ValueError, match=r"critic must be a run on data of shape \[3, 8, 8\] .* not of \[1, 8, 8\]"):
+        dgf.train("method2", torch.rand(9, 3, 8, 8), out, model=Denoiser(), critic=gan, **TINY)
     for change, message in [
         (dict(recompute=0), "recompute must be at least 1"),
         (dict(recompute="all"), "recompute must be '.*' or int, got 'all'"),
@@ -331,7 +335,7 @@ def test_a_gan_is_trained_first_and_reused(runs, brief, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other settings .given"):
         tune("method2", tmp_path / "a", runs, resume=True, critic=other, **{**options, "steps": 5})
     base, wrong = runs
-    with pytest.raises(ValueError, match=r"other settings \(critic, critic_width\)"):
+    with pytest.raises(ValueError, match=r"other settings \(critic, critic_width\).* started with base= and critic="):
         tune("method2", tmp_path / "a", runs, resume=True, critic=wrong, seed=3, steps=5)
 
 
