@@ -4,7 +4,7 @@ Each metric is a function on features and an object that is fed batch by batch; 
 """
 
 from .evaluation import SmallSampleWarning, available, evaluate, label
-from .extractors import EffL0, Inception, extractors
+from .extractors import VGG, EffL0, Inception, extractors
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
 from .kernel import kid
@@ -17,6 +17,7 @@ __all__ = [
     "FID",
     "KID",
     "PRDC",
+    "VGG",
     "ClassCoverage",
     "DomainClassifier",
     "EffL0",

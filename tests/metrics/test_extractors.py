@@ -1,5 +1,6 @@
 import importlib.util
 
+import pooch
 import pytest
 import torch
 
@@ -22,13 +23,34 @@ def effl0_file(tmp_path_factory):
     return path
 
 
-def test_inception_without_weights_says_where_to_put_them(monkeypatch, tmp_path):
-    monkeypatch.delenv("DIFFGAN_FAST_INCEPTION", raising=False)
-    with pytest.raises(FileNotFoundError, match="no file is named.*pt_inception-2015-12-05-6726825d.*domain.*effl0"):
-        evaluate(DIGITS.batch(slice(None)), DIGITS, extractor="inception")
-    monkeypatch.setenv("DIFFGAN_FAST_INCEPTION", str(tmp_path / "absent.pth"))
+@pytest.mark.parametrize(
+    "name, variable, file",
+    [
+        ("inception", "DIFFGAN_FAST_INCEPTION", "pt_inception-2015-12-05-6726825d.pth"),
+        ("vgg16", "DIFFGAN_FAST_VGG16", "vgg16-397923af.pth"),
+    ],
+)
+def test_weights_are_named_or_downloaded(name, variable, file, monkeypatch, tmp_path):
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    asked = []
+
+    def retrieve(*args):
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    message = f"download of https.*no network.*Get {file}.*{variable}.*domain.*effl0"
+    with pytest.raises(FileNotFoundError, match=message):
+        evaluate(DIGITS.batch(slice(None)), DIGITS, extractor=name)
+    ((url, checksum, kept_as, folder),) = asked
+    # both names hold the first digits of their SHA-256
+    assert url.endswith("/" + file) and kept_as == file and folder == tmp_path / "weights"
+    assert checksum.startswith("sha256:" + file.removesuffix(".pth").rsplit("-", 1)[1]) and len(checksum) == 7 + 64
+    monkeypatch.setenv(variable, str(tmp_path / "absent.pth"))
     with pytest.raises(FileNotFoundError, match="no file .*absent.pth"):
-        find_extractor("inception", DIGITS)
+        find_extractor(name, DIGITS)
+    assert len(asked) == 1
 
 
 def test_inception_is_comparable_only_with_the_public_file(monkeypatch, tmp_path):
@@ -40,6 +62,20 @@ def test_inception_is_comparable_only_with_the_public_file(monkeypatch, tmp_path
     assert isinstance(net, Inception) and len(net.hash) == 16
     features, logits = net(DIGITS.batch([0]))
     assert features.shape == (1, 2048) and logits.shape == (1, 1008)
+
+
+def test_vgg16_on_grey_images(monkeypatch, tmp_path):
+    (tmp_path / "vgg.pth").touch()
+    monkeypatch.setenv("DIFFGAN_FAST_VGG16", str(tmp_path / "vgg.pth"))
+    module = importlib.import_module("diffgan_fast.metrics.extractors")
+    monkeypatch.setattr(module, "load_weights", lambda net, path: net)  # 0.5 GiB, and no need of them
+    net = find_extractor("vgg16", DIGITS)
+    features, logits = net(DIGITS.batch([0, 1]))
+    assert features.shape == (2, 4096) and logits.shape == (2, 1000) and (features >= 0).all()
+    assert not net.comparable and label("recall", net) == "recall (vgg16)" and label("fid", net) == "FID (vgg16)"
+    white = net.prepare(torch.full((1, 3, 8, 8), 255.0))
+    assert white.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(white[0, :, 5, 5], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
 
 
 def test_effl0_on_grey_images(effl0_file):
@@ -61,7 +97,7 @@ def test_scores_on_effl0_are_never_called_fid(effl0_file):
 
 
 def test_what_does_not_fit_is_named(effl0_file, monkeypatch):
-    with pytest.raises(ValueError, match="one of domain, inception, effl0, not 'vgg'"):
+    with pytest.raises(ValueError, match="one of domain, inception, vgg16, effl0, not 'vgg'"):
         evaluate(DIGITS.batch(slice(None)), DIGITS, extractor="vgg")
     with pytest.raises(ValueError, match="size must be a multiple of 32, not 50"):
         EffL0(50, effl0_file)
@@ -70,7 +106,7 @@ def test_what_does_not_fit_is_named(effl0_file, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"diffgan-fast\[effl0\]"):
         EffL0()
-    assert set(extractors()) == {"domain", "inception", "effl0"}
+    assert set(extractors()) == {"domain", "inception", "vgg16", "effl0"}
 
 
 def test_packaged_weights_order_real_photographs_by_noise(real_data):

@@ -9,9 +9,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from diffgan_fast.nets.efficientnet import EfficientNetLite0
 from diffgan_fast.nets.inception import InceptionV3, resize_like_tensorflow1
+from diffgan_fast.nets.vgg import VGG16
 
 
 def digest(net):
@@ -81,3 +83,30 @@ def test_efficientnet_gives_what_the_published_code_gives():
                                                        97.57985552)  # fmt: skip
     assert entries(logits, [0, 500, 999]) == values([[2.61903048, 3.13889837, 0.06482673],
                                                      [2.99873495, 3.23032522, -0.56878853]], 120.12827753)  # fmt: skip
+
+
+def test_vgg16_is_that_of_torchvisions_file():
+    with torch.device("meta"):
+        net = VGG16()
+    assert sum(p.numel() for p in net.parameters()) == 138_357_544
+    convs = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    layers = [f"features.{i}" for i in convs] + [f"classifier.{i}" for i in (0, 3, 6)]
+    assert list(net.state_dict()) == [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
+    assert shapes["features.28.weight"] == [512, 512, 3, 3] and shapes["classifier.0.weight"] == [4096, 25088]
+
+
+def test_vgg16_follows_the_paper():
+    """Configuration D: 2, 2, 3, 3, 3 convolutions of 3x3, each stage ends in a max-pool; three dense layers."""
+    net = seeded(VGG16())
+    x = torch.from_numpy(np.random.RandomState(1).standard_normal((2, 3, 224, 224))).float()
+    weights, y = iter(net.state_dict().values()), x
+    for convs in (2, 2, 3, 3, 3):
+        for _ in range(convs):
+            y = F.conv2d(y, next(weights), next(weights), padding=1).clamp_min(0)
+        y = F.max_pool2d(y, 2)
+    y = (y.reshape(2, 25088) @ next(weights).T + next(weights)).clamp_min(0)
+    y = (y @ next(weights).T + next(weights)).clamp_min(0)
+    features, logits = net(x)
+    torch.testing.assert_close(features, y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, y @ next(weights).T + next(weights), rtol=1e-4, atol=1e-4)
