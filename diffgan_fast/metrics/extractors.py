@@ -166,7 +166,8 @@ class VGG(_Pretrained):
     preprocessing = "bilinear resize to 224, antialiased; ImageNet's mean and standard deviation"
 
     def __init__(self, weights: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
-        super().__init__(load_weights(VGG16(), _VGG16.find(weights, self.name)), device)
+        path = _VGG16.find(weights, self.name)
+        super().__init__(load_weights(VGG16(), path), device)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         resized = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True) / 255
