@@ -22,6 +22,7 @@ from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.report.run import PRIOR_LIMIT
 from diffgan_fast.run import Run, build, fingerprint, load, pick_device
+from diffgan_fast.selection import Selection
 
 GRID = 64  # images in a sample grid
 SCATTER = 1000  # points in a scatter plot
@@ -80,6 +81,7 @@ def train(
         start.method = _with_largest_batch(start, folder, seed)
     kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
     settings = _settings(start, seed, subset)
+    selection = _selection(start) if config.evaluate_every else None
     resuming = _prepare(folder, settings, resume)
     common = dict(seed=seed, device=device, subset=subset, progress=progress)
     if kind.fine_tunes and not resuming and start.base is None and model is None:
@@ -104,6 +106,7 @@ def train(
         progress=progress,
         on_log=lambda row: [callback(run, row) for callback in callbacks],
         on_sample=lambda step: _save_picture(run, train_data, step),
+        **({} if selection is None else {"on_evaluate": lambda: selection(run)}),
     )
     if resuming:
         loop.restore()
@@ -315,6 +318,14 @@ def _dictated(run: Run | None, names: Sequence[str], source: str) -> dict[str, t
     """The options that a run to start from leaves no choice in: name -> (value, what the run is here)."""
     config = {} if run is None else run.method.config.to_dict()
     return {name: (config[name], source) for name in names if name in config}
+
+
+def _selection(start: _Start) -> Selection:
+    """Judge of the best checkpoint: by the test split of a named data set, or else by the data themselves."""
+    named = isinstance(start.source, str) and start.source in data_sets.datasets()
+    data = data_sets.load(start.source)  # not the subset: the classifier is that of `Run.evaluate`
+    against = data_sets.load(start.source, split="test") if named else data
+    return Selection(start.method.config, data, against)
 
 
 def _settings(start: _Start, seed: int, subset: int | None) -> dict[str, Any]:

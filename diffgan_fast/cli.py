@@ -40,6 +40,7 @@ app.add_typer(reproduce_app, name="reproduce")
 Data = Annotated[str, typer.Option(help="data set by name, or a folder or zip of images", metavar="NAME|PATH")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(help="everything random follows from it")]
+Best = Annotated[bool, typer.Option("--best", help="at the checkpoint that scored best in training")]
 # how a run is sampled, in place of its settings
 Sampler = Annotated[str | None, typer.Option(help="ddpm or ddim [default: the run's]")]
 Steps = Annotated[int | None, typer.Option(help="sampling steps [default: the run's]")]
@@ -121,6 +122,7 @@ def sample(
         Path | None,
         typer.Option(help="a .png (grid, scatter) or .npz (uint8 NHWC, points) [default: RUN/samples/seed-S.png]"),
     ] = None,
+    best: Best = False,
     sampler: Sampler = None,
     steps: Steps = None,
     eta: Eta = None,
@@ -133,7 +135,7 @@ def sample(
     out = out or run / "samples" / f"seed-{seed}.png"
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
-    source = dgf.load(run, device=device)
+    source = dgf.load(run, device=device, best=best)
     samples = source.sample(n, seed, labels=label, **how)
     if samples.ndim == 2 and out.suffix == ".png":
         report.scatter(samples, out, source.reference().values if source.named else None)
@@ -161,6 +163,7 @@ def evaluate(
         str | None, typer.Option(help=f"{', '.join(dgf.metrics.extractors())} [default: domain]", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    best: Best = False,
     sampler: Sampler = None,
     steps: Steps = None,
     eta: Eta = None,
@@ -172,15 +175,18 @@ def evaluate(
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
     names = [name for given in metrics or () for name in given.split(",")] or None
     is_run = (what / "config.json").exists()
-    if how and not is_run:
-        raise ValueError(f"{', '.join(how)} must not be given: {what} is no run to sample from")
+    if (how or best) and not is_run:
+        raise ValueError(f"{', '.join(how or ['best'])} must not be given: {what} is no run to sample from")
     if is_run and against is None:
-        result = dgf.load(what, device=device).evaluate(n or 2000, metrics=names, extractor=extractor, **how)
+        result = dgf.load(what, device=device, best=best).evaluate(n or 2000, metrics=names, extractor=extractor, **how)
         report.write_run(what)
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
     else:
-        samples = dgf.load(what, device=device).sample(n or 2000, seed=1, **how) if is_run else _stored(what, n)
+        if is_run:
+            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
+        else:
+            samples = _stored(what, n)
         data, on = dgf.data.load(against), pick_device(device)
         held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}

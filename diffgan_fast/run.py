@@ -63,10 +63,21 @@ class Run:
         seed: the run's seed.
         data_name: what the data is called.
         given: names of the networks that were the user's own.
+        best: whether this is the checkpoint that scored best in training, and not the last.
     """
 
-    def __init__(self, path: Path, method: Method, state: State, seed: int, data: Any, settings: dict[str, Any]):
-        self.path, self.method, self.state, self.seed = path, method, state, seed
+    def __init__(
+        self,
+        path: Path,
+        method: Method,
+        state: State,
+        seed: int,
+        data: Any,
+        settings: dict[str, Any],
+        *,
+        best: bool = False,
+    ):
+        self.path, self.method, self.state, self.seed, self.best = path, method, state, seed, best
         self._data, self.data_name, self.given = data, settings["data"], tuple(settings["given"])
 
     def __repr__(self) -> str:
@@ -161,7 +172,7 @@ class Run:
 
         See `metrics.evaluate`. Beside its scores stand `sample_seconds`, which drawing the n samples took, and, where a
         method on points tells it, `eval_loss` on the test split; `sampling` is `how`, which `sample` is given. The
-        result is kept as evaluation.json.
+        result is kept as evaluation.json (of the best checkpoint: evaluation-best.json).
         """
         started = time.perf_counter()
         samples = self.sample(n, seed, **how)
@@ -173,13 +184,16 @@ class Run:
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
             result |= {} if loss is None else {"eval_loss": loss}
         result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed, "sampling": how}
-        files.write(self.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        files.write(self._evaluation, json.dumps(result, indent=1) + "\n")
         return result
 
+    @property
+    def _evaluation(self) -> Path:
+        return self.path / ("evaluation-best.json" if self.best else "evaluation.json")
+
     def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
-        """What `evaluate(n, seed=seed)` gives: read from evaluation.json if that is what it holds."""
-        path = self.path / "evaluation.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        """What `evaluate(n, seed=seed)` gives: read from the file that it is kept in, if that holds it."""
+        stored = json.loads(self._evaluation.read_text()) if self._evaluation.exists() else {}
         known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
         known = known and not stored.get("sampling")
         return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n, seed=seed)
@@ -201,12 +215,20 @@ class Run:
         return path
 
 
-def load(path: str | Path, *, data: Any = None, device: str | torch.device = "auto", **given: nn.Module | None) -> Run:
+def load(
+    path: str | Path,
+    *,
+    data: Any = None,
+    device: str | torch.device = "auto",
+    best: bool = False,
+    **given: nn.Module | None,
+) -> Run:
     """A run from its directory, at its last checkpoint.
 
     Args:
         path: the run's directory.
         data: the data it was trained on, where that was no named data set (needed only to evaluate).
+        best: at the checkpoint that scored best instead, of a run that was trained with `evaluate_every`.
         given: networks that were passed to `train` as `model=`, `critic=` or `generator=`, of the same architecture.
 
     Raises: ValueError if the directory holds no run, or the networks do not fit.
@@ -224,6 +246,6 @@ def load(path: str | Path, *, data: Any = None, device: str | torch.device = "au
             raise ValueError(f"this run was trained with your own {name!r}: pass the same architecture as {keyword}=")
     own = {name: copy.deepcopy(own[name]) for name in stored["given"]}
     state = build(method, own, stored["seed"], pick_device(device))
-    checkpoint.load(path, state)
+    checkpoint.load(path, state, best=best)
     source = stored["data"] if stored["data_is_named"] else data
-    return Run(path, method, state, stored["seed"], source, stored)
+    return Run(path, method, state, stored["seed"], source, stored, best=best)

@@ -76,7 +76,7 @@ def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
     assert "against must name" in run(capsys, "evaluate", str(tmp_path / "s.npz"), code=2).err
     assert "it holds a, b" in run(capsys, "evaluate", str(tmp_path / "two.npz"), "--against", "digits", code=2).err
     wrong = run(capsys, "evaluate", str(tmp_path / "s.npz"), "--against", "digits", "--extractor", "x", code=2)
-    assert "one of domain, inception, effl0, not 'x'" in wrong.err
+    assert "one of domain, inception, vgg16, effl0, not 'x'" in wrong.err
 
 
 def test_a_run_is_measured_against_other_data(trained, capsys, tmp_path):
@@ -91,7 +91,7 @@ def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):
     stand_in = SimpleNamespace(
         sample=lambda n, seed, labels: points, named=True, reference=lambda: dgf.data.load("moons")
     )
-    monkeypatch.setattr(dgf, "load", lambda path, device: stand_in)
+    monkeypatch.setattr(dgf, "load", lambda path, device, best: stand_in)
     run(capsys, "sample", str(tmp_path), "--out", str(tmp_path / "s.npz"))
     samples = np.load(tmp_path / "s.npz")["samples"]
     assert samples.dtype == np.float32 and (samples == points.numpy()).all()

@@ -15,10 +15,26 @@ from diffgan_fast import files
 from diffgan_fast.engine.state import State
 
 
-def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> None:
     """Writes checkpoints/step-N below a run folder and removes all but the newest `keep`."""
-    root = folder / "checkpoints"
-    final, part = root / f"step-{state.step}", root / f".step-{state.step}.part"
+    _write(folder / "checkpoints" / f"step-{state.step}", state, extra)
+    for step in steps(folder)[:-keep]:
+        shutil.rmtree(folder / "checkpoints" / f"step-{step}")
+
+
+def save_best(folder: Path, state: State, extra: dict[str, Any]) -> None:
+    """Writes checkpoints/best, in place of an earlier one."""
+    _write(folder / "checkpoints" / "best", state, extra)
+
+
+def best(folder: Path) -> dict[str, Any] | None:
+    """What `save_best` was given as `extra`, and the step. None if there is none."""
+    path = folder / "checkpoints" / "best" / "state.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(final: Path, state: State, extra: dict[str, Any]) -> None:
+    root, part = final.parent, final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     weights, moments = _tensors(state)
@@ -30,7 +46,7 @@ def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
     for file in part.iterdir():
         with open(file, "rb") as f:
             os.fsync(f.fileno())
-    old = root / f".step-{state.step}.old"
+    old = final.with_name(f".{final.name}.old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
@@ -39,9 +55,6 @@ def save(folder: Path, state: State, extra: dict[str, Any], keep: int) -> Path:
     folder_handle = os.open(root, os.O_RDONLY)
     os.fsync(folder_handle)
     os.close(folder_handle)
-    for step in steps(folder)[:-keep]:
-        shutil.rmtree(root / f"step-{step}")
-    return final
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -61,15 +74,16 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in found if (p / "state.json").exists())
 
 
-def load(folder: Path, state: State) -> dict[str, Any]:
-    """Brings a state to the newest checkpoint of a run folder.
+def load(folder: Path, state: State, *, best: bool = False) -> dict[str, Any]:
+    """Brings a state to the newest checkpoint of a run folder, or to the best.
 
     Returns what `save` was given as `extra`, and the step.
     """
     found = steps(folder)
-    if not found:
-        raise ValueError(f"{folder} has no checkpoint")
-    path = folder / "checkpoints" / f"step-{found[-1]}"
+    path = folder / "checkpoints" / ("best" if best else f"step-{found[-1] if found else 0}")
+    if not (path / "state.json").exists():
+        hint = " of the best step: it was trained without evaluate_every" if best else ""
+        raise ValueError(f"{folder} has no checkpoint{hint}")
     facts = json.loads((path / "state.json").read_text())
     for name, optimizer in state.optimizers.items():
         if optimizer.names != facts.get("trained", {}).get(name):

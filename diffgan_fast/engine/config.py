@@ -45,6 +45,11 @@ class TrainConfig:
     sample_every: int = option(500, "steps between sample grids (0: only at the end)", unit="steps", low=0)
     checkpoint_every: int = option(1000, "steps between checkpoints (0: only at the end)", unit="steps", low=0)
     keep: int = option(2, "checkpoints kept", low=1)
+    evaluate_every: int = option(
+        0, "steps between evaluations, by which the best checkpoint is kept (0: none)", unit="steps", low=0
+    )
+    evaluate_n: int = option(1000, "samples of such an evaluation", low=10)
+    best_by: str | None = option(None, "the metric of the best checkpoint (none: kid of images, kl of points)")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,7 @@ class Loop:
     Args:
         on_log: called with each row that was written.
         on_sample: called at every `sample_every`-th step.
+        on_evaluate: called at every `evaluate_every`-th step and at the last; what it gives is the row's "evaluation".
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Loop:
         progress: bool = True,
         on_log: Callable[[dict], object] = lambda row: None,
         on_sample: Callable[[int], None] = lambda step: None,
+        on_evaluate: Callable[[], dict] = dict,
     ):
         self.method, self.state, self.feed, self.folder = method, state, feed, folder
         self.config, self.progress = method.config, progress
-        self.on_log, self.on_sample = on_log, on_sample
+        self.on_log, self.on_sample, self.on_evaluate = on_log, on_sample, on_evaluate
         self.seed_key = random.key(seed)
         self.seconds = 0.0
         self._pending: list[dict[str, torch.Tensor]] = []  # losses since the last row, still on the device
@@ -108,10 +110,12 @@ class Loop:
         state.step += 1
         bar.update()
         last = state.step == c.steps
-        if last or state.step % c.log_every == 0:
-            bar.set_postfix_str(self._log())
+        judged = c.evaluate_every and (last or state.step % c.evaluate_every == 0)
+        if last or judged or state.step % c.log_every == 0:
+            bar.set_postfix_str(self._log(bool(judged)))
         if c.sample_every and state.step % c.sample_every == 0 and not last:
-            self.on_sample(state.step)
+            with self._aside():
+                self.on_sample(state.step)
         if c.checkpoint_every and state.step % c.checkpoint_every == 0 and not last:
             self.save()
 
@@ -128,6 +132,13 @@ class Loop:
         """Goes back to the last checkpoint of the run's folder."""
         facts = checkpoint.load(self.folder, self.state)
         self.seconds, self.unlogged = facts["seconds"], facts["unlogged"]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """For work that is not training: its seconds do not count."""
+        self._clock()
+        yield
+        self._since = time.perf_counter()
 
     def _clock(self) -> None:
         now = time.perf_counter()
@@ -162,8 +173,8 @@ class Loop:
         where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
         raise TrainingError(f"{what} is not finite at step {step}; last good checkpoint: {where}")
 
-    def _log(self) -> str:
-        """Writes the means of the losses since the last row as one row."""
+    def _log(self, judged: bool) -> str:
+        """Writes the means of the losses since the last row as one row, with scores if it is `judged`."""
         self._settle()
         self._clock()
         images = self.state.step * self.config.batch_size
@@ -172,7 +183,15 @@ class Loop:
             values = [losses[name] for losses in self.unlogged if name in losses]
             means[name] = sum(values) / len(values)
         self.unlogged = []
-        row = {"step": self.state.step, "images_seen": images, "seconds": round(self.seconds, 3), **means}
+        row: dict[str, Any] = {
+            "step": self.state.step,
+            "images_seen": images,
+            "seconds": round(self.seconds, 3),
+            **means,
+        }
+        if judged:
+            with self._aside():
+                row["evaluation"] = self.on_evaluate()
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         self.on_log(row)

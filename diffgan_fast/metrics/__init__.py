@@ -3,8 +3,8 @@
 Each metric is a function on features and an object that is fed batch by batch; :func:`evaluate` brings them together.
 """
 
-from .evaluation import SmallSampleWarning, available, evaluate, label
-from .extractors import VGG, EffL0, Inception, extractors
+from .evaluation import HIGHER_IS_BETTER, SmallSampleWarning, available, evaluate, label
+from .extractors import VGG, EffL0, Inception, extractors, find_extractor
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
 from .kernel import kid
@@ -15,6 +15,7 @@ from .streaming import FID, KID, ClassCoverage, InceptionScore, KnnKL, ModeCover
 
 __all__ = [
     "FID",
+    "HIGHER_IS_BETTER",
     "KID",
     "PRDC",
     "VGG",
@@ -36,6 +37,7 @@ __all__ = [
     "fid",
     "fid_from_statistics",
     "fid_infinity",
+    "find_extractor",
     "inception_score",
     "kid",
     "knn_kl",

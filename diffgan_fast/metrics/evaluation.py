@@ -22,6 +22,7 @@ from .knn import RealPoints
 from .modes import inception_score
 from .neighbours import prdc
 
+HIGHER_IS_BETTER = frozenset(("is", "precision", "recall", "density", "coverage"))  # of the rest lower is
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
 
 
@@ -135,14 +136,9 @@ _METRICS = {
 }  # fmt: skip
 
 
-def available() -> dict[str, str]:
-    """The metrics that :func:`evaluate` knows: name -> one line of help."""
-    return {name: metric.help for name, metric in _METRICS.items()}
-
-
-def _fitting(data: Data) -> list[str]:
-    """The metrics for this kind of data."""
-    return [name for name, metric in _METRICS.items() if metric.points == data.points]
+def available(data: Data | None = None) -> dict[str, str]:
+    """The metrics that :func:`evaluate` knows, or those for this kind of data: name -> one line of help."""
+    return {name: m.help for name, m in _METRICS.items() if data is None or m.points == data.points}
 
 
 def label(metric: str, extractor=None) -> str:
@@ -203,9 +199,9 @@ def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
 
 
 def _check(samples: Tensor, data: Data, metrics, extractor, halves: int) -> None:
-    if unknown := [m for m in metrics if m not in _fitting(data)]:
+    if unknown := [m for m in metrics if m not in available(data)]:
         found = f"{', '.join(map(repr, unknown))}: data {data.name!r} holds {'points' if data.points else 'images'}"
-        raise ValueError(f"metrics must be among {', '.join(_fitting(data))}, not {found}")
+        raise ValueError(f"metrics must be among {', '.join(available(data))}, not {found}")
     if tuple(samples.shape[1:]) != data.shape or len(samples) < 2:
         expected = f"[n >= 2, {', '.join(map(str, data.shape))}]"
         raise ValueError(f"samples must be {expected} as data {data.name!r} has, not {list(samples.shape)}")
@@ -285,7 +281,7 @@ def evaluate(
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
         FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
-    metrics = [m for m in _fitting(data) if _METRICS[m].default] if metrics is None else metrics
+    metrics = [m for m in available(data) if _METRICS[m].default] if metrics is None else metrics
     _check(samples, data, metrics, extractor, halves)
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)

@@ -129,8 +129,10 @@ def _samples(folder: Path, kind: str) -> list[Section]:
     return sections + ([("From noise to image", "".join(strips))] if strips else [])
 
 
-def _evaluation(evaluation: dict, history: list[dict], by_level: dict[str, list], data: str) -> list[Section]:
-    """The scores with their floors and notes, their course over the run, and what is known by noise level."""
+def _evaluation(
+    evaluation: dict, best: dict, history: list[dict], by_level: dict[str, list], data: str
+) -> list[Section]:
+    """Scores with their floors and notes, those of the best step, their course, and what is known by noise level."""
     sections = []
     if evaluation:
         notes = score_notes(evaluation)
@@ -140,6 +142,10 @@ def _evaluation(evaluation: dict, history: list[dict], by_level: dict[str, list]
             notes.insert(0, verdict)
         body = html_table(score_rows(evaluation), SCORE_COLUMNS) + "".join(paragraph(note, "note") for note in notes)
         sections.append(("Evaluation", body))
+    if best:
+        note = f"Step {best['step']:,}, the best in the evaluations on the way; above are the scores of the last step."
+        body = html_table(score_rows(best), SCORE_COLUMNS) + paragraph(note, "note")
+        sections.append(("Best checkpoint", body))
     course = [{"step": row["step"], **row["evaluation"]} for row in history if "evaluation" in row and "step" in row]
     if len(course) > 1:
         labels = {key: label for row in course for key, label in row.get("labels", {}).items()}
@@ -161,8 +167,8 @@ def write_run(run_dir: str | os.PathLike) -> Path:
     """Write `report.html` into a run directory: settings, summary, samples, curves and scores on one page.
 
     Only ``config.json`` must be there. Beside it are read, where they exist, ``metrics.jsonl``, ``evaluation.json``,
-    ``levels.json`` (by noise level: lists "t", "mse", "log_var_eps"), ``samples/step-N.png``, ``samples/noising.png``
-    and ``samples/denoising.png``; what is missing has no place on the page.
+    ``evaluation-best.json``, ``levels.json`` (by noise level: lists "t", "mse", "log_var_eps"), ``samples/step-N.png``,
+    ``samples/noising.png`` and ``samples/denoising.png``; what is missing has no place on the page.
 
     Args:
         run_dir: the directory of a run.
@@ -177,6 +183,7 @@ def write_run(run_dir: str | os.PathLike) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run directory: it holds no config.json")
     config, evaluation = _json(folder / "config.json"), _json(folder / "evaluation.json")
+    best, by_level = _json(folder / "evaluation-best.json"), _json(folder / "levels.json")
     history = _history(folder / "metrics.jsonl")
     method, data = config.get("method"), config.get("data")
     kind = "points" if len(config.get("shape", ())) == 1 else "images"
@@ -185,7 +192,7 @@ def write_run(run_dir: str | os.PathLike) -> Path:
         ("", _summary(history, evaluation, kind) + _prior_warning(config)),
         *_samples(folder / "samples", kind),
         *_plots(history),
-        *_evaluation(evaluation, history, _json(folder / "levels.json"), str(data)),
+        *_evaluation(evaluation, best, history, by_level, str(data)),
         _settings(config),
     ]
     return files.write(folder / "report.html", page(title, sections).encode())

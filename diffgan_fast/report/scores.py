@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from ..metrics import HIGHER_IS_BETTER
 from .table import is_number
 
 SCORE_COLUMNS = {"metric": "metric", "value": "samples", "spread": "±", "floor": "real data"}
 
-_HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage"}
 _NOT_SCORES = {"n", "reference_n", "floor_n", "comparable", "step", "seed"}
 
 
@@ -56,7 +56,7 @@ def compared(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict, dict]:
     if any("seconds" in row for row in rows):
         columns["seconds"] = ("training (s)", ".1f")
     floors = {metric: rows[0].get(_floor_key(rows[0], metric)) for metric in labels}
-    best = {metric: max if metric in _HIGHER_IS_BETTER else min for metric in labels}
+    best = {metric: max if metric in HIGHER_IS_BETTER else min for metric in labels}
     return [*rows, {"method": "real data", **floors, "reference": True}], columns, best
 
 

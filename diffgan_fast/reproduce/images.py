@@ -28,7 +28,7 @@ CAP = 10  # the control is trained on for at most so many times its own images t
 BASES: dict[int, dict[str, Any]] = {8: BASE, 28: {"preset": "student"}}  # by the images' size; others: the defaults
 # the source's code guides by eps_u + 5 (eps_c - eps_u)
 CONDITIONAL: dict[str, Any] = dict(conditional=True, guidance_scale=5.0)
-# the weights as trained are judged; pictures on the way would count as seconds of training
+# the weights as trained are judged; no pictures on the way
 COMMON: dict[str, Any] = dict(batch_size=BATCH, ema=0.0, sample_every=0)
 # configuration -> method, and its settings beside the method's defaults. The control's are methods 2 to 4's.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

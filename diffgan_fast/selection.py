@@ -1,0 +1,50 @@
+"""Scores of a run while it trains, and the checkpoint that scored best."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from diffgan_fast import metrics
+from diffgan_fast.data import Data
+from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
+from diffgan_fast.run import Run
+
+SEED = 2  # of the samples; pictures show those of 0, `Run.evaluate` measures those of 1
+
+
+class Selection:
+    """Measures a run at chosen steps, and keeps the checkpoint that is best by one metric.
+
+    Args:
+        config: `evaluate_n` and `best_by`.
+        data: what the run is trained on, whose classifier gives the features.
+        against: what samples are measured against. Not the split that the final scores are taken on, where there is
+            another: a checkpoint that was chosen by a score has a better one there than on new data.
+
+    Raises:
+        ValueError: the data have no labels for a classifier, or `best_by` is no metric for them.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, against: Data):
+        self.n, self.against = config.evaluate_n, against
+        self.metric = config.best_by or ("kl" if data.points else "kid")
+        fitting = metrics.available(data)
+        if self.metric not in fitting:
+            raise ValueError(f"best_by must be one of {', '.join(fitting)} for data {data.name!r}, got {self.metric!r}")
+        self.extractor = None if data.points else metrics.find_extractor("domain", data)
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """The run's scores now, for its history. TrainingError if a sample is not finite."""
+        samples, step = run.sample(self.n, SEED), run.state.step
+        if not samples.isfinite().all():
+            raise TrainingError(f"samples at step {step} are not finite")
+        names = {self.metric} | {name for name in metrics.available(self.against) if name != "fid_infinity"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metrics.SmallSampleWarning)  # it would come again at every step
+            scores = metrics.evaluate(samples, self.against, metrics=sorted(names), extractor=self.extractor, halves=0)
+        value, sign = scores[self.metric], -1 if self.metric in metrics.HIGHER_IS_BETTER else 1
+        best = checkpoint.best(run.path)
+        if best is None or sign * value < sign * best["value"]:
+            checkpoint.save_best(run.path, run.state, {"metric": self.metric, "value": value})
+        return {name: scores[name] for name in ("n", *scores["labels"], "labels")}

@@ -1,0 +1,124 @@
+"""Evaluation while a run trains, and its best checkpoint."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import diffgan_fast as dgf
+from diffgan_fast import report
+
+pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.conv(x)
+
+
+def train(out, steps=6, **options):
+    torch.manual_seed(0)
+    defaults = dict(steps=steps, batch_size=16, T=4, lr=0.02, log_every=5, sample_every=0, evaluate_n=40, ema=0.0)
+    return dgf.train("ddpm", "digits", out, model=Net(), progress=False, **{**defaults, **options})
+
+
+def scored(run):
+    return {row["step"]: row["evaluation"] for row in run.history if "evaluation" in row}
+
+
+def test_the_best_checkpoint_is_that_of_the_best_score(tmp_path):
+    run = train(tmp_path, evaluate_every=2)
+    found = scored(run)
+    assert list(found) == [2, 4, 6] and [row["step"] for row in run.history] == [2, 4, 5, 6]
+    test, train_data = dgf.data.load("digits", split="test"), dgf.data.load("digits")
+    domain = dgf.metrics.DomainClassifier.for_data(train_data)
+    want = dgf.metrics.evaluate(run.sample(40, seed=2), test, extractor=domain)  # against what it is not scored on
+    assert {name: found[6][name] for name in want["labels"]} == pytest.approx({n: want[n] for n in want["labels"]})
+    least = min(found, key=lambda step: found[step]["kid"])
+    best = dgf.load(tmp_path, best=True, model=Net())
+    assert best.best and best.state.step == least and dgf.load(tmp_path, model=Net()).state.step == 6
+    stopped = train(tmp_path / "stopped", least, evaluate_every=0)
+    ours, theirs = (run.state["denoiser"].state_dict() for run in (best, stopped))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(best.sample(3), stopped.sample(3))
+
+
+def test_it_may_be_chosen_by_another_metric(tmp_path):
+    run = train(tmp_path, evaluate_every=1, best_by="is", lr=0.2)
+    found = scored(run)
+    assert dgf.load(tmp_path, best=True, model=Net()).state.step == max(found, key=lambda step: found[step]["is"])
+
+
+def test_points_are_chosen_by_kl(tmp_path):
+    run = dgf.train(
+        "ddpm", "moons", tmp_path, subset=300, steps=2, T=4, evaluate_every=1, evaluate_n=50, progress=False
+    )
+    found = scored(run)
+    assert list(found) == [1, 2] and set(found[1]) == {"n", "kl", "labels"}
+    assert dgf.load(tmp_path, best=True).state.step == min(found, key=lambda step: found[step]["kl"])
+
+
+def test_evaluations_are_no_training(tmp_path, monkeypatch):
+    """They leave weights, losses and the seconds of training as they are."""
+    plain, judged = train(tmp_path / "plain"), train(tmp_path / "judged", evaluate_every=3)
+    ours, theirs = (run.state["denoiser"].state_dict() for run in (plain, judged))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    clock = iter(range(10**6))
+    monkeypatch.setattr("diffgan_fast.engine.loop.time.perf_counter", lambda: next(clock))
+    busy = lambda *args, **kwargs: [next(clock) for _ in range(1000)] and {}  # noqa: E731
+    monkeypatch.setattr("diffgan_fast.selection.Selection.__call__", busy)
+    assert train(tmp_path / "slow", evaluate_every=1).seconds < 100
+
+
+def test_a_stopped_run_keeps_its_best(tmp_path):
+    whole = train(tmp_path / "whole", evaluate_every=1)
+
+    def stop(run, row):
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", evaluate_every=1, callbacks=[stop], checkpoint_every=3)
+    cut = train(tmp_path / "cut", evaluate_every=1, checkpoint_every=3, resume=True)
+    assert scored(whole) == scored(cut)
+    facts = [json.loads((run.path / "checkpoints" / "best" / "state.json").read_text()) for run in (whole, cut)]
+    assert facts[0] == facts[1] and facts[0]["metric"] == "kid"
+
+
+def test_last_and_best_stand_in_the_report(tmp_path):
+    run = train(tmp_path, evaluate_every=2)
+    best = dgf.load(tmp_path, best=True, model=Net())
+    last, found = run.evaluate(40), best.evaluate(40)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == last
+    assert json.loads((tmp_path / "evaluation-best.json").read_text()) == found == best.evaluated(40)
+    page = report.write_run(tmp_path).read_text()
+    assert "Best checkpoint" in page and f"Step {best.state.step:,}" in page and "Scores over the run" in page
+
+
+def test_what_cannot_be_is_named(tmp_path):
+    out = tmp_path / "x"
+    with pytest.raises(ValueError, match="best_by must be one of fid, .*, got 'kl'"):
+        train(out, evaluate_every=1, best_by="kl")
+    with pytest.raises(ValueError, match="no labels"):
+        dgf.train("ddpm", torch.rand(20, 1, 8, 8), out, model=Net(), T=4, evaluate_every=1)
+    with pytest.raises(ValueError, match="evaluate_n must be at least 10"):
+        train(out, evaluate_n=3)
+    assert not out.exists()
+    train(out, 1)
+    with pytest.raises(ValueError, match="no checkpoint of the best step: it was trained without evaluate_every"):
+        dgf.load(out, best=True, model=Net())
+    with pytest.raises(dgf.TrainingError, match="samples at step 1 are not finite"):
+
+        class Broken(Net):
+            def forward(self, x, t):
+                out = super().forward(x, t)
+                return out if self.training else out * torch.nan
+
+        dgf.train(
+            "ddpm", "digits", tmp_path / "y", model=Broken(), steps=1, T=4, evaluate_every=1, ema=0.0, progress=False
+        )
