@@ -1,7 +1,4 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain|metrics`: measured in fresh processes.
-
-Prints a table and saves it.
-"""
+"""`python -m benchmarks NAME`: one benchmark, measured in fresh processes. Prints a table and saves it."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics")
-WHOLE = ("training", "points", "chain", "metrics")  # whole steps, measured in one process
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics")
+WHOLE = ("training", "points", "chain", "sampling", "metrics")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

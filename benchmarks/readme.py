@@ -112,13 +112,46 @@ def chain_tables(folder: Path) -> list[str]:
     return [*memory, "", *time]
 
 
+def sampling_table(folder: Path) -> list[str]:
+    """Sampling: the reference's loop, diffusers' and ours. Nothing where it was not measured."""
+    if not (folder / "sampling.json").exists():
+        return []
+    lines = ["| 64 images, 28 px, 300 steps, student network | threads | images/s | ms a step | network alone, ms |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in json.loads((folder / "sampling.json").read_text())["rows"]:
+        speed, times = f"{row['images_per_s']:.2f}", f"{row['ms']:.0f} | {row['floor_ms']:.0f}"
+        lines.append(f"| {row['provider']} | {row['threads']} | {speed} | {times} |")
+    return lines
+
+
+def metrics_table(folder: Path) -> list[str]:
+    """Metrics: the fastest of the libraries' procedures and ours. Nothing where it was not measured."""
+    if not (folder / "metrics.json").exists():
+        return []
+    lines = ["| metric, from features | size | threads | fastest library, s | ours, s | faster | MiB | ours, MiB |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = json.loads((folder / "metrics.json").read_text())["rows"]
+    for ours in (row for row in rows if row["provider"] == "dgf-metrics" and "ms" in row):
+        same = ("case", "shape", "threads")
+        peers = [r for r in rows if r is not ours and "ms" in r and all(r[c] == ours[c] for c in same)]
+        if not peers:
+            continue
+        peer = min(peers, key=lambda row: row["ms"])
+        times = f"{peer['ms'] / 1e3:.2f} ({peer['provider']}) | {ours['ms'] / 1e3:.2f}"
+        memory = f"{peer['peak_mib']:.0f} | {ours['peak_mib']:.0f}"
+        ratio = f"{peer['ms'] / ours['ms']:.1f}×"
+        lines.append(f"| {ours['case']} | {ours['shape']} | {ours['threads']} | {times} | {ratio} | {memory} |")
+    return lines
+
+
 def section(folder: Path) -> str:
     """What stands between the marks."""
     meta = json.loads((folder / "noise.json").read_text())["meta"]
     about = (
         f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
     )
-    tables = [table(folder) for table in (ops_table, penalty_table, points_table, training_table, chain_tables)]
+    made = (ops_table, penalty_table, points_table, training_table, chain_tables, sampling_table, metrics_table)
+    tables = [table(folder) for table in made]
     return "\n".join([BEGIN, about, *(line for table in tables if table for line in ("", *table)), END])
 
 

@@ -256,3 +256,28 @@ def test_gpu_command_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().out
     assert gpu.main(["--out", str(tmp_path), "--stages", "good"]) == 0
     assert gpu.main(["--out", str(tmp_path), "--stages", "good", "--budget", "0"]) == 1
+
+
+def test_sampling_benchmark():
+    from benchmarks import sampling
+
+    rows = report.with_ratios(sampling.run(QUICK))
+    assert not report.red(rows), report.table(rows)
+    assert {"reference", "dgf"} <= {row["provider"] for row in rows} <= {"reference", "dgf", "diffusers"}
+    assert all(row["images_per_s"] > 0 and row["floor_ms"] > 0 and row["over_reference"] > 0 for row in rows)
+    assert set().union(*rows) <= set(report.COLUMNS)
+
+
+def test_sampling_of_another_formula_is_red(monkeypatch):
+    from benchmarks import sampling
+
+    net, schedule = sampling.StudentUNet(T=sampling.T).eval(), dgf.Schedule.linear(sampling.T)
+    ours = sampling.Ours(net, dgf.Schedule.linear(sampling.T, 1e-4, 0.03))
+    ours.schedule, wrong = schedule, ours.schedule
+    assert sampling.verify(ours, (1, 1, 28, 28), torch.device("cpu")) == "ok"
+    monkeypatch.setattr(
+        dgf,
+        "sample",
+        lambda net, shape, schedule, *rest, sample=dgf.sample, **options: sample(net, shape, wrong, *rest, **options),
+    )
+    assert sampling.verify(ours, (1, 1, 28, 28), torch.device("cpu")).startswith("RED")
