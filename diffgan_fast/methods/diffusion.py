@@ -10,6 +10,7 @@ from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.engine import Batch, Method, State, TrainConfig, evaluating, option
+from diffgan_fast.nets.folding import folded
 from diffgan_fast.ops import add_noise, denoising_loss, support
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
@@ -190,7 +191,7 @@ class DiffusionMethod(Method):
             raise ValueError("labels must be None: this run's denoiser is told no class")
         with evaluating(*state.nets.values(), net):
             x = sample(
-                net,
+                folded(net),
                 (n, *self.shape),
                 self.schedule,
                 key,

@@ -274,10 +274,10 @@ def test_sampling_of_another_formula_is_red(monkeypatch):
     net, schedule = sampling.StudentUNet(T=sampling.T).eval(), dgf.Schedule.linear(sampling.T)
     ours = sampling.Ours(net, dgf.Schedule.linear(sampling.T, 1e-4, 0.03))
     ours.schedule, wrong = schedule, ours.schedule
-    assert sampling.verify(ours, (1, 1, 28, 28), torch.device("cpu")) == "ok"
+    assert sampling.verify(ours, net, (1, 1, 28, 28), torch.device("cpu")) == "ok"
     monkeypatch.setattr(
         dgf,
         "sample",
         lambda net, shape, schedule, *rest, sample=dgf.sample, **options: sample(net, shape, wrong, *rest, **options),
     )
-    assert sampling.verify(ours, (1, 1, 28, 28), torch.device("cpu")).startswith("RED")
+    assert sampling.verify(ours, net, (1, 1, 28, 28), torch.device("cpu")).startswith("RED")
