@@ -111,6 +111,7 @@ def sample(
     n: Annotated[int, typer.Option(help="how many")] = 64,
     seed: Seed = 0,
     label: Annotated[int | None, typer.Option(help="class of the samples [default: in turn]")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps [default: as trained to be sampled]")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="a .png (grid, scatter) or .npz (uint8 NHWC, points) [default: RUN/samples/seed-S.png]"),
@@ -122,7 +123,7 @@ def sample(
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
     source = dgf.load(run, device=device)
-    samples = source.sample(n, seed, labels=label)
+    samples = source.sample(n, seed, labels=label, steps=steps)
     if samples.ndim == 2 and out.suffix == ".png":
         report.scatter(samples, out, source.reference().values if source.named else None)
     elif out.suffix == ".png":

@@ -96,6 +96,7 @@ class Run:
         ema: bool = True,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
+        steps: int | None = None,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
 
@@ -104,6 +105,8 @@ class Run:
             ema: from the averaged weights, if the run has them.
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
+            steps: of denoising, where the method has a choice: 1..T of a diffusion model; by default as it was trained
+                to be sampled.
 
         Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
         """
@@ -115,6 +118,7 @@ class Run:
             if not whole or labels.shape not in ((), (n,)) or not 0 <= labels.min() <= labels.max() <= top:
                 raise ValueError(f"labels must be one int or {n} ints in 0..{top}, got {labels.tolist()}")
             labels = labels.expand(n)
+        chosen = {} if steps is None else {"steps": steps}
         batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
         key = random.fold_in(random.key(seed), "sample")
         parts = [
@@ -125,6 +129,7 @@ class Run:
                 first=first + i,
                 ema=ema,
                 labels=None if labels is None else labels[i : i + batch],
+                **chosen,
             ).cpu()
             for i in range(0, n, batch)
         ]

@@ -65,11 +65,13 @@ class Method(ABC):
         first: int = 0,
         ema: bool = True,
         labels: torch.Tensor | None = None,
+        steps: int | None = None,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence that `key` names: [n, …], images in [-1, 1].
 
         labels: int64 [n], the classes of the samples where the method has them; by default in turn. ValueError if it
         has none.
+        steps: of denoising, where the method has a choice; by default as its config says. ValueError if it has none.
         """
 
     @classmethod

@@ -170,8 +170,9 @@ class DiffusionMethod(Method):
             guidance_scale=c.guidance_scale,
         )
 
-    def sample(self, state, n, key, *, first=0, ema=True, labels=None, on_step=None):
-        return self.draw(state, n, key, self.reverse(state), first=first, ema=ema, labels=labels, on_step=on_step)
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None, steps=None, on_step=None):
+        reverse = self.reverse(state) | ({} if steps is None else {"steps": steps})
+        return self.draw(state, n, key, reverse, first=first, ema=ema, labels=labels, on_step=on_step)
 
     def draw(self, state, n, key, reverse, *, first=0, ema=True, labels=None, on_step=None):
         """As `sample`, by the steps that `reverse` says."""

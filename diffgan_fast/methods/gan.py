@@ -108,9 +108,11 @@ class GAN(Method):
         return logged
 
     @torch.no_grad()
-    def sample(self, state, n, key, *, first=0, ema=True, labels=None):
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None, steps=None):
         if labels is not None:
             raise ValueError("labels must be None: this run's generator is told no class")
+        if steps is not None:
+            raise ValueError(f"steps must be None: a generator makes its images at once; got {steps!r}")
         net = state.sampling_net("generator", ema)
         z = self.draw_z(n, key, first, next(net.parameters()).device)
         with evaluating(net):
