@@ -3,8 +3,10 @@
 from .adapters import from_diffusers
 from .critic import Critic, is_main_of_join
 from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
+from .ddgan import DDGANGenerator
+from .ddgan_critic import DDGANCritic
 from .embedding import sinusoidal
-from .mlp import MLPCritic, MLPDenoiser
+from .mlp import DDGANPointGenerator, MLPCritic, MLPDenoiser
 from .student import StudentUNet
 from .unet import UNet
 from .weights import load_weights
@@ -13,6 +15,9 @@ __all__ = [
     "Critic",
     "DCGANCritic",
     "DCGANGenerator",
+    "DDGANCritic",
+    "DDGANGenerator",
+    "DDGANPointGenerator",
     "MLPCritic",
     "MLPDenoiser",
     "StudentUNet",

@@ -1,5 +1,7 @@
 """What every network checks of its arguments."""
 
+from collections.abc import Collection, Mapping
+
 from torch import Tensor
 
 
@@ -10,13 +12,30 @@ def check_at_least(minimum: int, **arguments: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}")
 
 
-def check_images(x: Tensor, channels: int, size: int) -> None:
+def check_images(x: Tensor, channels: int, size: int, name: str = "x") -> None:
     """Raises ValueError unless `x` is [N, channels, size, size]."""
     if x.shape[1:] != (channels, size, size):
-        raise ValueError(f"x is {list(x.shape)}; it must be [N, {channels}, {size}, {size}]")
+        raise ValueError(f"{name} is {list(x.shape)}; it must be [N, {channels}, {size}, {size}]")
+
+
+def check_latents(z: Tensor, z_dim: int) -> None:
+    """Raises ValueError unless `z` is [N, z_dim]."""
+    if z.shape[1:] != (z_dim,):
+        raise ValueError(f"z is {list(z.shape)}; it must be [N, {z_dim}]")
 
 
 def check_labels(y: Tensor | None, num_classes: int) -> None:
     """Raises ValueError if labels are given to a network without classes."""
     if y is not None and not num_classes:
         raise ValueError("y is given, but num_classes is 0; y must be None for a network without labels")
+
+
+def preset_for(size: int, preset: str | None, presets: Collection[str], by_size: Mapping[int, str]) -> str:
+    """`preset` if there is one of this name, the one made for `size` if it is None; else raises ValueError."""
+    if preset is None:
+        if size not in by_size:
+            raise ValueError(f"size is {size}; give a preset ({', '.join(presets)}) for any but {[*by_size]} pixels")
+        return by_size[size]
+    if preset not in presets:
+        raise ValueError(f"preset is {preset!r}; it may be {', '.join(presets)}, or None for the one made for the size")
+    return preset

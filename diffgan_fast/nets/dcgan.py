@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .checks import check_at_least, check_images
+from .checks import check_at_least, check_images, check_latents
 from .critic import Critic, is_main_of_join
 
 
@@ -154,8 +154,7 @@ class DCGANGenerator(nn.Module):
         Raises:
             ValueError: `z` has another shape.
         """
-        if z.shape[1:] != (self.z_dim,):
-            raise ValueError(f"z is {list(z.shape)}; it must be [N, {self.z_dim}]")
+        check_latents(z, self.z_dim)
         return self.main(z[:, :, None, None])
 
 

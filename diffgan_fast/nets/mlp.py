@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffgan_fast.ops.mlp import mlp
 
-from .checks import check_at_least
+from .checks import check_at_least, check_latents
 from .critic import Critic, is_main_of_join
 from .embedding import sinusoidal
 
@@ -75,6 +75,53 @@ class MLPDenoiser(nn.Module):
             coordinates = torch.cat((coordinates, (t - 1)[:, None].to(x.dtype)), 1)
         features = sinusoidal(coordinates.flatten(), EMBEDDING, x.dtype).view(len(x), -1)
         return mlp(features, weights, biases, skip=True)
+
+
+class DDGANPointGenerator(nn.Module):
+    """The generator of a denoising diffusion GAN of points, `generator(x_t, t, z) -> x̂0`: a residual MLP.
+
+    It sees x_t, z and 128 sines and cosines of t - 1 (as `DDGANGenerator`, which counts time from 0) side by side. A
+    linear layer, `layers` times h + Linear(ReLU(h)), ReLU, a linear layer. `MLPCritic` with the inputs
+    ("x", "x_t", "t") is its critic. z = 0 for all samples gives the ablation without a latent.
+
+    Args:
+        dim: coordinates of a point.
+        hidden: width of the layers.
+        layers: residual layers.
+        T: the number of time steps, kept for those who look; the layers do not depend on it.
+        z_dim: length of z.
+
+    Raises:
+        ValueError: an argument is below 1.
+
+    Source: Xiao, Kreis and Vahdat 2022, §4, with the MLP of tanelp/tiny-diffusion.
+    """
+
+    def __init__(self, dim: int = 2, hidden: int = 256, layers: int = 3, *, T: int, z_dim: int = 8):
+        super().__init__()
+        check_at_least(1, dim=dim, hidden=hidden, layers=layers, T=T, z_dim=z_dim)
+        self.dim, self.T, self.z_dim = dim, T, z_dim
+        widths = [dim + z_dim + EMBEDDING, *[hidden] * (layers + 1), dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """x̂0, a guess at the clean points.
+
+        Args:
+            x: [N, dim], noisy points x_t.
+            t: [N] int64, 1 … T. Values out of range are not noticed.
+            z: [N, z_dim], standard normal.
+
+        Returns:
+            [N, dim], not bounded.
+
+        Raises:
+            ValueError: `x` or `z` has another shape.
+        """
+        _check_points(x, self.dim)
+        check_latents(z, self.z_dim)
+        seen = torch.cat([x, z, sinusoidal(t - 1, EMBEDDING, x.dtype)], dim=1)
+        return mlp(seen, *_parameters(self.layers), skip=True)
 
 
 class MLPCritic(Critic):

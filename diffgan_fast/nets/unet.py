@@ -19,10 +19,10 @@ PRESETS = {
 }
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
     """Group norm with as many groups as fit: at most 32, each of at least 4 channels."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -152,7 +152,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        resolutions = _resolutions(size, width, multipliers, blocks, attention)
+        resolutions = level_resolutions(size, width, multipliers, blocks, attention)
         check_at_least(1, channels=channels)
         check_at_least(0, num_classes=num_classes)
         self.channels, self.size, self.num_classes, self.width = channels, size, num_classes, width
@@ -235,8 +235,8 @@ class UNet(nn.Module):
         return emb + self.label(torch.full_like(t, self.num_classes) if y is None else y)
 
 
-def _resolutions(size: int, width: int, multipliers: tuple, blocks: int, attention: tuple) -> list[int]:
-    """The resolution of each level, once the arguments of `UNet` are known to fit together."""
+def level_resolutions(size: int, width: int, multipliers: tuple, blocks: int, attention: tuple) -> list[int]:
+    """The resolution of each level of a U-Net, once these arguments are known to fit together."""
     if not multipliers or min(multipliers) < 1:
         raise ValueError(f"multipliers is {multipliers}; it must hold one positive integer per level")
     step = 2 ** (len(multipliers) - 1)

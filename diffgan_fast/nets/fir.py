@@ -1,0 +1,39 @@
+"""Doubling and halving of images with the filter [1, 3, 3, 1], which lets fewer aliases through than one pixel in two.
+
+Each is one depthwise convolution with a fixed kernel: gradients of every order hold. Outside the image there are zeros.
+
+Source: Zhang 2019, "Making convolutional networks shift-invariant again"; Karras et al. 2020 (StyleGAN2), App. B.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@lru_cache
+def _kernel(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # so that it may take part in training, whoever asks first
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype, device=device)
+        return torch.outer(taps, taps)[None, None] / 64  # exact in every float type
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    """The kernel once for each channel of `x`; its sum is 1."""
+    return _kernel(x.dtype, x.device).expand(x.shape[1], 1, 4, 4)
+
+
+def fir_blur(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H + 1, W + 1]: filtered. A 3x3 conv of stride 2 then halves it."""
+    return F.conv2d(x, _per_channel(x), padding=2, groups=x.shape[1])
+
+
+def fir_down(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H // 2, W // 2]: filtered, then every second pixel. H and W are at least 2."""
+    return F.conv2d(x, _per_channel(x), stride=2, padding=1, groups=x.shape[1])
+
+
+def fir_up(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W]: zeros between the pixels, then filtered with four times the kernel."""
+    return F.conv_transpose2d(x, 4 * _per_channel(x), stride=2, padding=1, groups=x.shape[1])
