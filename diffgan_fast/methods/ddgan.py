@@ -239,6 +239,6 @@ class DDGAN(Method):
 
     def strips(self, state, x, key):
         noised = [(t, self._shown(add_noise(x, t, self.schedule, key)).cpu()) for t in range(self.schedule.T + 1)]
-        seen: list[tuple[int, torch.Tensor]] = []
+        seen = []
         self.sample(state, len(x), key, on_step=lambda t, x: seen.append((t, self._shown(x).cpu())))
         return {"noising": noised, "denoising": seen}
