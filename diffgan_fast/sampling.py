@@ -172,24 +172,44 @@ def sample_posterior(
         generator: `generator(x_t, t, z)` -> what `predicts` says, like x_t; t int64 [N] in 1..T, z [N, z_dim] standard
             normal; in eval mode.
         schedule: its T is the number of calls; `Schedule.vp` is the paper's.
-        key: names an endless sequence of samples; x_T is drawn from `fold_in(key, "x_T")`, the latents of step t from
-            `fold_in(key, "z", t)`, and its noise from `fold_in(key, t)`.
-        predicts: "x0", from which x_{t-1} is drawn, or "x_prev", x_{t-1} itself.
+        key: names an endless sequence of samples; x_T is drawn from `fold_in(key, "x_T")`, and `fold_in(key, t)` is the
+            key of step t.
         shape, first_sample, on_step: as for `sample`.
+        z_dim, predicts: as for `generated_step`.
 
     Returns: x_0, float32 of `shape`.
     """
 
     def reverse_step(x: torch.Tensor, t: int) -> torch.Tensor:
-        told = torch.full((1,), t, device=x.device).expand(len(x))
-        z = random.normal((len(x), z_dim), random.fold_in(key, "z", t), first=first_sample * z_dim, device=x.device)
-        out = generator(x, told, z).to(x.dtype)
-        if predicts == "x_prev":
-            return out
-        return ops.posterior_step(out, x, t, schedule, random.fold_in(key, t), first_sample=first_sample)
+        options: dict[str, Any] = dict(z_dim=z_dim, predicts=predicts, first_sample=first_sample)
+        return generated_step(generator, x, t, schedule, random.fold_in(key, t), **options)
 
     x = first_noise(shape, key, first_sample=first_sample, device=device)
     return _walk(x, schedule.T, reverse_step, channels_last, on_step)
+
+
+def generated_step(
+    generator: Denoiser,
+    x: torch.Tensor,
+    t: int,
+    schedule: Schedule,
+    key: int,
+    *,
+    z_dim: int,
+    predicts: Predicts = "x0",
+    first_sample: int = 0,
+) -> torch.Tensor:
+    """x_{t-1} from x_t = x [N, …] by a generator, t in 1..T: one step of `sample_posterior`.
+
+    Args:
+        key: of the step; z is drawn from `fold_in(key, "z")`, the posterior's noise from `key` itself.
+        z_dim: length of z.
+        predicts: "x0", from which x_{t-1} is drawn, or "x_prev", x_{t-1} itself.
+    """
+    told = torch.full((1,), t, device=x.device).expand(len(x))  # one number, as a network may notice
+    z = random.normal((len(x), z_dim), random.fold_in(key, "z"), first=first_sample * z_dim, device=x.device)
+    out = generator(x, told, z).to(x.dtype)
+    return out if predicts == "x_prev" else ops.posterior_step(out, x, t, schedule, key, first_sample=first_sample)
 
 
 def _walk(x: torch.Tensor, T: int, reverse_step, channels_last: bool, on_step) -> torch.Tensor:

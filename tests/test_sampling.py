@@ -172,7 +172,7 @@ def test_few_steps_draw_their_noise_by_key_and_number():
     fold, wanted = dgf.random.fold_in, numbers(dgf.random.fold_in(3, "x_T"), 14, (5, 2))
     for x_t, t, z in calls:
         torch.testing.assert_close(x_t, wanted, rtol=0, atol=2e-5)
-        torch.testing.assert_close(z, numbers(fold(3, "z", t), 21, (5, 3)), rtol=0, atol=2e-5)
+        torch.testing.assert_close(z, numbers(fold(fold(3, t), "z"), 21, (5, 3)), rtol=0, atol=2e-5)
         c1, c2, var = (
             float(table[t]) for table in (S.posterior_mean_coef1, S.posterior_mean_coef2, S.posterior_variance)
         )

@@ -17,16 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, FlatAdamW, Method, State, TrainConfig, evaluating, frozen, option
 from diffgan_fast.ops import add_noise, noise_pair, posterior_step, r1_penalty
-from diffgan_fast.sampling import Predicts, sample_posterior
+from diffgan_fast.sampling import Predicts, generated_step, sample_posterior
 from diffgan_fast.schedule import Schedule
 
 BETAS = (0.5, 0.9)  # of both optimisers, as the authors' code has them
@@ -91,7 +91,7 @@ def losses(
 
 
 # an epoch of the authors' is counted in images: 50,000 of CIFAR-10, 120,000 of LSUN Church, 30,000 of CelebA-HQ
-_LARGE = dict(network="256", critic_network="large", lazy_reg=10, lr_schedule="cosine")
+_LARGE = dict(network="256", critic_network="large", lazy_reg=10)
 
 
 @dataclass(kw_only=True)
@@ -99,7 +99,7 @@ class DDGANConfig(TrainConfig):
     PRESETS: ClassVar = {
         "cifar10": dict(
             network="cifar10", critic_network="small", steps=351_562, batch_size=256, lr=1.6e-4, critic_lr=1.25e-4,
-            r1_gamma=0.02, lazy_reg=15, ema=0.9999, flip=True, lr_schedule="cosine",
+            r1_gamma=0.02, lazy_reg=15, ema=0.9999, flip=True,
         ),
         "church256": dict(_LARGE, steps=937_500, batch_size=64, lr=1.6e-4, critic_lr=1e-4, r1_gamma=1.0, ema=0.999),
         "celeba256": dict(
@@ -141,11 +141,7 @@ class DDGANConfig(TrainConfig):
 
 
 class DDGAN(Method):
-    name, help, Config = (
-        "ddgan",
-        "Denoising Diffusion GAN: few large denoising steps, by a conditional GAN",
-        DDGANConfig,
-    )
+    name, help, Config = "ddgan", "Denoising Diffusion GAN: few large steps, each by a conditional GAN", DDGANConfig
     config: DDGANConfig
 
     def __init__(self, config: TrainConfig, shape: tuple[int, ...], num_classes: int = 0):
@@ -157,28 +153,20 @@ class DDGAN(Method):
         return ("generator",)
 
     def networks(self, given):
-        made = self._point_networks() if len(self.shape) == 1 else self._image_networks()
-        return {name: given[name] if name in given else make() for name, make in made.items()}
-
-    def _image_networks(self) -> dict[str, Callable[[], nn.Module]]:
-        c, (channels, size, other) = self.config, self.shape
-        if size != other:
+        c, width = self.config, {} if self.config.width is None else {"width": self.config.width}
+        if len(self.shape) == 1:
+            generator = partial(nets.DDGANPointGenerator, self.shape[0], c.width or 256)
+            critic = partial(nets.MLPCritic, self.shape[0], inputs=("x", "x_t", "t"))
+        elif self.shape[1] == self.shape[2]:
+            preset, judge = (None if name == "auto" else name for name in (c.network, c.critic_network))
+            bounded = c.predicts == "x0"
+            generator = partial(nets.DDGANGenerator, *self.shape[:2], preset=preset, bounded=bounded, **width)
+            critic = partial(nets.DDGANCritic, *self.shape[:2], preset=judge)
+        else:
             raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
-        preset, judge = (None if name == "auto" else name for name in (c.network, c.critic_network))
-        width = {} if c.width is None else {"width": c.width}
-        bounded = c.predicts == "x0"
         return {
-            "generator": lambda: nets.DDGANGenerator(
-                channels, size, preset=preset, T=c.T, z_dim=c.z_dim, bounded=bounded, **width
-            ),
-            "critic": lambda: nets.DDGANCritic(channels, size, preset=judge, T=c.T),
-        }
-
-    def _point_networks(self) -> dict[str, Callable[[], nn.Module]]:
-        c, dim = self.config, self.shape[0]
-        return {
-            "generator": lambda: nets.DDGANPointGenerator(dim, c.width or 256, T=c.T, z_dim=c.z_dim),
-            "critic": lambda: nets.MLPCritic(dim, inputs=("x", "x_t", "t"), T=c.T),
+            "generator": given["generator"] if "generator" in given else generator(T=c.T, z_dim=c.z_dim),
+            "critic": given["critic"] if "critic" in given else critic(T=c.T),
         }
 
     def optimizers(self, nets):
@@ -210,6 +198,17 @@ class DDGAN(Method):
         state.update("generator", logged["generator_loss"])
         return logged
 
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        return {"z_dim": self.config.z_dim, "predicts": self.config.predicts}
+
+    @torch.no_grad()
+    def denoise(self, state: State, x_t: torch.Tensor, t: int, key: int) -> torch.Tensor:
+        """x_{t-1} [N, …] from x_t [N, …] by the averaged generator, with the latents and noise of `key`."""
+        net = state.sampling_net("generator")
+        with evaluating(net):
+            return generated_step(self.generate(net), x_t, t, self.schedule, key, **self._drawn)
+
     def sample(self, state, n, key, *, first=0, ema=True, labels=None, steps=None, on_step=None):
         if labels is not None:
             raise ValueError("labels must be None: this run's generator is told no class")
@@ -218,18 +217,17 @@ class DDGAN(Method):
                 f"steps must be {self.config.T}, for which this run's generator was trained; got {steps!r}"
             )
         net = state.sampling_net("generator", ema)
+        place = dict(device=next(net.parameters()).device, channels_last=self.config.channels_last)
         with evaluating(net):
             x = sample_posterior(
                 self.generate(net),
                 (n, *self.shape),
                 self.schedule,
                 key,
-                z_dim=self.config.z_dim,
-                predicts=self.config.predicts,
                 first_sample=first,
-                channels_last=self.config.channels_last,
-                device=next(net.parameters()).device,
                 on_step=on_step,
+                **self._drawn,
+                **place,
             )
         return self._shown(x).contiguous()
 
