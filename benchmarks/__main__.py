@@ -1,4 +1,4 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain|metrics`: measured in fresh processes.
+"""`python -m benchmarks random|noise|step|…`: measured in fresh processes.
 
 Prints a table and saves it.
 """
@@ -21,7 +21,7 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics")
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics", "ddgan")
 WHOLE = ("training", "points", "chain", "metrics")  # whole steps, measured in one process
 
 

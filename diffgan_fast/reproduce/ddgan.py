@@ -139,7 +139,7 @@ class _Study:
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of a call on one image: of the DDGAN's generator, and of the U-Net beside it."""
-        found = _matched(data_sets.load(self.data).shape, self.width)
+        found = matched(data_sets.load(self.data).shape, self.width)
         return {"DDGAN's generator": found[1], f"U-Net of width {found[0]}": found[2]}
 
     def outcome(self, name: str, seed: int) -> Outcome:
@@ -147,7 +147,7 @@ class _Study:
         arm = CONFIGS[name]
         settings = COMMON | arm.settings | {"steps": self.steps}
         if arm.method == "ddpm":
-            settings |= DIFFUSION | {"width": _matched(data_sets.load(self.data).shape, self.width)[0]}
+            settings |= DIFFUSION | {"width": matched(data_sets.load(self.data).shape, self.width)[0]}
         elif arm.method == "ddgan":
             settings["width"] = self.width
         where = self.folder / (arm.run or name) / f"seed-{seed}"
@@ -187,7 +187,7 @@ def _measured(run: Run, n: int, seed: int) -> Outcome:
 
 
 @cache
-def _matched(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int]:
+def matched(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int]:
     """The U-Net's width at which a call takes most nearly as many multiply-accumulates as one of the DDGAN's generator
     of `width`; those of the generator; those of the U-Net."""
     kind = find_method("ddgan")

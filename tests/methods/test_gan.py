@@ -135,6 +135,8 @@ def test_samples_are_numbered_and_change_nothing():
     assert not torch.equal(method.sample(state, 7, 5), method.sample(state, 7, 5, ema=False))
     with pytest.raises(ValueError, match="labels must be None"):
         method.sample(state, 7, 5, labels=torch.zeros(7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="steps must be None: a generator makes its images at once; got 4"):
+        method.sample(state, 7, 5, steps=4)
     assert state["generator"].training
     torch.testing.assert_close(state["generator"].state_dict(), before, rtol=0, atol=0)
 

@@ -47,10 +47,10 @@ def test_every_model_is_measured_at_its_own_cost(tradeoff):
 def test_the_u_net_is_as_costly_as_the_generator(tradeoff):
     out, study, results = tradeoff
     for shape, width in (((1, 8, 8), 16), ((1, 28, 28), None)):
-        found, generator, unet = ddgan._matched(shape, width)
+        found, generator, unet = ddgan.matched(shape, width)
         assert abs(unet / generator - 1) < 0.1
     config = json.loads((results["ddpm-300"][0]["path"] / "config.json").read_text())["config"]
-    assert config["width"] == ddgan._matched((1, 8, 8), 8)[0]
+    assert config["width"] == ddgan.matched((1, 8, 8), 8)[0]
 
 
 def test_the_page_shows_the_trade_off(tradeoff):
