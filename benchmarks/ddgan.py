@@ -40,7 +40,7 @@ Draws = Callable[[str, str, tuple[int, ...]], Tensor]  # part ("critic", "genera
 
 
 class Reference:
-    """The published procedure. Its t counts from 0 and names the cleaner of a pair; networks are told ours, one more."""
+    """The published procedure. t counts from 0 and names the cleaner of a pair; networks are told ours, one more."""
 
     def __init__(self, generator: nn.Module, critic: nn.Module):
         self.G, self.D = copy.deepcopy(generator).train(), copy.deepcopy(critic).train()
