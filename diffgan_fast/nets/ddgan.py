@@ -163,7 +163,7 @@ class DDGANGenerator(nn.Module):
         channels: of the images.
         size: height and width in pixels, a multiple of 2^(levels - 1).
         preset: "8", "28", "cifar10" or "256"; None takes the one made for `size`. Any works at other sizes that fit.
-        T: the number of time steps, kept for those who look; the layers do not depend on it.
+        T: the number of time steps; an attribute to read, the layers do not depend on it.
         z_dim: length of z.
         bounded: whether a tanh keeps the output in [-1, 1]. False is for x_{t-1}, which is noisy, in place of x̂0.
         changes: replace attributes of the preset's `Shape`: `DDGANGenerator(3, 64, preset="256", T=4, width=32)`.

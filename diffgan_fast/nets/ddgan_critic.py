@@ -109,7 +109,7 @@ class DDGANCritic(nn.Module):
         channels: of `x`, and of `x_t`.
         size: height and width in pixels, at least 2^halvings of the preset.
         preset: "8", "28", "small" or "large"; None takes the one made for `size`.
-        T: the number of time steps, kept for those who look; the layers do not depend on it.
+        T: the number of time steps; an attribute to read, the layers do not depend on it.
         changes: replace attributes of the preset's `Shape`.
 
     Raises:

@@ -88,7 +88,7 @@ class DDGANPointGenerator(nn.Module):
         dim: coordinates of a point.
         hidden: width of the layers.
         layers: residual layers.
-        T: the number of time steps, kept for those who look; the layers do not depend on it.
+        T: the number of time steps; an attribute to read, the layers do not depend on it.
         z_dim: length of z.
 
     Raises:

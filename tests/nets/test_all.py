@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from diffgan_fast.nets import DCGANCritic, DCGANGenerator, MLPCritic, MLPDenoiser, StudentUNet, UNet
+from diffgan_fast.nets import (
+    DCGANCritic,
+    DCGANGenerator,
+    DDGANCritic,
+    DDGANGenerator,
+    DDGANPointGenerator,
+    MLPCritic,
+    MLPDenoiser,
+    StudentUNet,
+    UNet,
+)
 
 from .helpers import images, randomise
 
@@ -29,6 +39,15 @@ NETWORKS = {
         (torch.randn(3, 2), T3, torch.randn(3, 2)),
     ),
     "generator": (lambda: DCGANGenerator(3, 28, width=8), (torch.randn(3, 100),)),
+    "ddgan": (
+        lambda: DDGANGenerator(3, 8, T=20, width=16, latent=16),
+        (images(3, 3, 8), T3, torch.randn(3, 100)),
+    ),
+    "ddgan, critic": (
+        lambda: DDGANCritic(3, 8, T=20, stem=8, widths=(8, 16), halvings=2, emb_dim=16),
+        (images(3, 3, 8), T3, images(3, 3, 8, seed=2)),
+    ),
+    "ddgan, points": (lambda: DDGANPointGenerator(hidden=16, T=20), (torch.randn(3, 2), T3, torch.randn(3, 8))),
 }
 
 
