@@ -112,7 +112,8 @@ def reproduce_ddgan(
     check(seeds, data=([data], pictures), configs=(configs, known), points=([points], POINTS))
     if images < BATCH:
         raise ValueError(f"images must be at least {BATCH}, which is one step; got {images}")
-    folder, results = Path(out) / data, {name: [] for name in configs}
+    folder = Path(out) / data
+    results: dict[str, list[Outcome]] = {name: [] for name in configs}
     study = _Study(folder, data, images // BATCH, n, width, dict(subset=subset, device=device, progress=progress))
     bar = tqdm(list(product(range(seeds), configs)), desc="reproduce ddgan", unit="run", disable=not progress)
     for seed, name in bar:
@@ -191,7 +192,7 @@ def matched(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int]:
     """The U-Net's width at which a call takes most nearly as many multiply-accumulates as one of the DDGAN's generator
     of `width`; those of the generator; those of the U-Net."""
     kind = find_method("ddgan")
-    method = kind(kind.Config(width=width), shape)
+    method = kind(kind.Config.make(width=width), shape)
     with torch.device("meta"):
         x, t, z = torch.empty(1, *shape), torch.ones(1, dtype=torch.int64), torch.empty(1, 100)
         target = nets.macs(method.networks({})["generator"], x, t, z)

@@ -49,18 +49,23 @@ def tradeoff_table(results: Results) -> tuple[list[dict[str, Any]], dict[str, st
     return rows, columns | {"seconds": "training (s)"}
 
 
-def speedups(results: Results) -> list[str]:
-    """How many times faster the few steps are than the many, in sentences that say what both are worth."""
+def speedups(results: Results, macs: Mapping[str, int]) -> list[str]:
+    """How many times faster the few steps are than the many, in sentences that say what both are worth.
+
+    Beside each ratio stands what the multiply-accumulates of all calls predict. Args: as for `write_page`.
+    """
     said = []
+    few_macs, many_macs = macs.values()
     for few, many in (("ddgan-4", "ddpm-300"), ("ddgan-4", "ddpm-1000"), ("ddgan-4", "ddim-50")):
         if few in results and many in results:
-            ratio, fids = [], []
-            for name in (many, few):
-                ratio.append(statistics.mean(outcome["sample_seconds"] for outcome in results[name]))
-                fids.append(statistics.mean(outcome["fid"] for outcome in results[name]))
+            seconds, fids = (
+                [statistics.mean(outcome[key] for outcome in results[name]) for name in (many, few)]
+                for key in ("sample_seconds", "fid")
+            )
+            predicted = results[many][0]["nfe"] * many_macs / (results[few][0]["nfe"] * few_macs)
             said.append(
-                f"{few} samples {ratio[0] / ratio[1]:.1f} times as fast as {many}; "
-                f"FID {fids[1]:.3f} against {fids[0]:.3f}."
+                f"{few} samples {seconds[0] / seconds[1]:.1f} times as fast as {many} ({predicted:.1f} by counted "
+                f"passes); FID {fids[1]:.3f} against {fids[0]:.3f}."
             )
     return said
 
@@ -71,12 +76,12 @@ def write_page(path: Path, results: Results, what: Mapping[str, str], macs: Mapp
     Args:
         results: as `reproduce_ddgan` returns them.
         what: configuration -> what it is.
-        macs: network -> multiply-accumulates of a call on one image.
+        macs: network -> multiply-accumulates of a call on one image: the generator, then the U-Net.
         denoised: the `ddgan` of points whose steps are shown.
     """
     first = next(iter(results.values()))[0]
     cost = "; ".join(f"{name}: {value / 1e6:,.1f} M" for name, value in macs.items())
-    body = "".join(map(paragraph, speedups(results))) + report.html_table(*tradeoff_table(results))
+    body = "".join(map(paragraph, speedups(results, macs))) + report.html_table(*tradeoff_table(results))
     notes = (f"Multiply-accumulates of a call on one image: {cost}.", *NOTES, *report.score_notes(first))
     configurations = report.html_table(
         [{"config": name, "what": text} for name, text in what.items()],
@@ -115,7 +120,7 @@ def _published() -> str:
 
 def _samples(results: Results) -> str:
     """A grid of each configuration's first run; configurations that share a run share its picture."""
-    shown = {}
+    shown: dict[Path, tuple[str, Path]] = {}
     for name, outcomes in results.items():
         folder = Path(outcomes[0]["path"])
         shown.setdefault(folder, (name, folder / "samples" / f"step-{outcomes[0]['step']}.png"))
