@@ -18,7 +18,7 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics")
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics", "ddgan")
 WHOLE = ("training", "points", "chain", "sampling", "metrics")  # whole steps, measured in one process
 
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, report
+from benchmarks.__main__ import NAMES
 
 PYTHON = [sys.executable, "-m"]
-BENCHMARKS = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics")
 MAIN = {"1024x3x32x32", "128x1x28x28"}  # the shapes of the short table
 
 
@@ -67,7 +67,7 @@ def stages(out: Path) -> list[Stage]:
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *ops]
             found.append(Stage(f"check-{backend}-{tool}", watched, 300, alone))
-    for name in BENCHMARKS:
+    for name in NAMES:
         command = [*PYTHON, "benchmarks", name, "--device", "cuda", "--out", str(out)]
         found.append(Stage(name, command, 300))
     return found
@@ -119,7 +119,7 @@ def pack(folder: Path) -> None:
 def short_table(folder: Path) -> str:
     """Our rows at the main sizes, of every benchmark that left a result."""
     rows = []
-    for name in BENCHMARKS:
+    for name in NAMES:
         path = folder / f"{name}.json"
         if path.exists():
             found = json.loads(path.read_text())["rows"]

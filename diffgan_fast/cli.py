@@ -312,6 +312,30 @@ def reproduce_table1(
     typer.echo(f"report: {reproduce.table1_folder(out, data, conditional) / 'report.html'}")
 
 
+@reproduce_app.command(name="ddgan")
+def reproduce_ddgan(
+    out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-ddgan"),
+    data: Annotated[
+        str, typer.Option(help="data set of images by name; mnist as in the slides", metavar="NAME")
+    ] = "digits",
+    config: Annotated[list[str] | None, typer.Option(help="configuration, may be given often [default: all]")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
+    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
+    images: Annotated[int, typer.Option(help="images that each model is trained on")] = 128_000,
+    points: Annotated[str, typer.Option(help="data set of points of the picture of a denoising step")] = "ring",
+    width: Annotated[int | None, typer.Option(help="channels of the DDGAN's generator [default: its preset's]")] = None,
+    device: Device = "auto",
+) -> None:
+    """Set quality against sampling time: DDGAN with few steps, DDPM and DDIM with many, GANs with one; ablations."""
+    from diffgan_fast import reproduce
+
+    options: dict[str, Any] = dict(seeds=seeds, n=n, images=images, points=points, width=width, device=device)
+    with _resumable():
+        results = reproduce.reproduce_ddgan(out, data=data, configs=config or None, **options)
+    typer.echo(report.table(*reproduce.tradeoff_table(results)))
+    typer.echo(f"report: {out / data / 'report.html'}")
+
+
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Ctrl-C ends a study with a word on how to go on."""

@@ -14,6 +14,7 @@ from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
 Sampler = Literal["ddpm", "ddim"]
+Predicts = Literal["x0", "x_prev"]  # what a generator of Denoising Diffusion GAN makes of x_t
 Denoiser = Callable[..., torch.Tensor]
 
 
@@ -141,13 +142,84 @@ def sample(
     Returns: x_0, float32 of `shape`.
     """
     step = Reverse(schedule=schedule, **reverse)
+
+    def reverse_step(x: torch.Tensor, t: int) -> torch.Tensor:
+        return step.step(model, x, t, random.fold_in(key, t), cond=cond, uncond=uncond, first_sample=first_sample)
+
     x = first_noise(shape, key, first_sample=first_sample, device=device)
+    return _walk(x, step.T, reverse_step, channels_last, on_step)
+
+
+@torch.no_grad()
+def sample_posterior(
+    generator: Denoiser,
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    key: int,
+    *,
+    z_dim: int,
+    predicts: Predicts = "x0",
+    first_sample: int = 0,
+    channels_last: bool = False,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Samples in T calls of a generator with a latent: x_{t-1} ~ q(x_{t-1} | x_t, x_0 = G(x_t, t, z)), a new z a step.
+
+    Source: Denoising Diffusion GAN, Xiao et al. 2022, Eq. 5.
+
+    Args:
+        generator: `generator(x_t, t, z)` -> what `predicts` says, like x_t; t int64 [N] in 1..T, z [N, z_dim] standard
+            normal; in eval mode.
+        schedule: its T is the number of calls; `Schedule.vp` is the paper's.
+        key: names an endless sequence of samples; x_T is drawn from `fold_in(key, "x_T")`, and `fold_in(key, t)` is the
+            key of step t.
+        shape, first_sample, on_step: as for `sample`.
+        z_dim, predicts: as for `generated_step`.
+
+    Returns: x_0, float32 of `shape`.
+    """
+
+    def reverse_step(x: torch.Tensor, t: int) -> torch.Tensor:
+        options: dict[str, Any] = dict(z_dim=z_dim, predicts=predicts, first_sample=first_sample)
+        return generated_step(generator, x, t, schedule, random.fold_in(key, t), **options)
+
+    x = first_noise(shape, key, first_sample=first_sample, device=device)
+    return _walk(x, schedule.T, reverse_step, channels_last, on_step)
+
+
+def generated_step(
+    generator: Denoiser,
+    x: torch.Tensor,
+    t: int,
+    schedule: Schedule,
+    key: int,
+    *,
+    z_dim: int,
+    predicts: Predicts = "x0",
+    first_sample: int = 0,
+) -> torch.Tensor:
+    """x_{t-1} from x_t = x [N, …] by a generator, t in 1..T: one step of `sample_posterior`.
+
+    Args:
+        key: of the step; z is drawn from `fold_in(key, "z")`, the posterior's noise from `key` itself.
+        z_dim: length of z.
+        predicts: "x0", from which x_{t-1} is drawn, or "x_prev", x_{t-1} itself.
+    """
+    told = torch.full((1,), t, device=x.device).expand(len(x))  # one number, as a network may notice
+    z = random.normal((len(x), z_dim), random.fold_in(key, "z"), first=first_sample * z_dim, device=x.device)
+    out = generator(x, told, z).to(x.dtype)
+    return out if predicts == "x_prev" else ops.posterior_step(out, x, t, schedule, key, first_sample=first_sample)
+
+
+def _walk(x: torch.Tensor, T: int, reverse_step, channels_last: bool, on_step) -> torch.Tensor:
+    """x_0 from x_T = x, one `reverse_step(x_t, t)` after the other; `on_step` sees every state."""
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    for t in range(step.T, 0, -1):
+    for t in range(T, 0, -1):
         if on_step:
             on_step(t, x)
-        x = step.step(model, x, t, random.fold_in(key, t), cond=cond, uncond=uncond, first_sample=first_sample)
+        x = reverse_step(x, t)
     if on_step:
         on_step(0, x)
     return x

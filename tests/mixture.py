@@ -102,6 +102,24 @@ def denoiser(p, schedule, prediction="eps"):
     return model
 
 
+def generator(p, schedule):
+    """`model(x, t, z)`, z [N, 1 + D]: x_0 drawn from p(x_0 | x_t = x) for data p; z_0 picks k, the rest its Gaussian.
+
+    x_0 of x_t and k is N(mu_k + sqrt(abar) s_k^2 / variance_k (x - mean_k), s_k^2 (1 - abar) / variance_k).
+    """
+
+    def model(x, t, z):
+        abar, z = schedule.alphas_cumprod[t], z.double()
+        _, weights, away, var = p._posterior(x.double(), abar)
+        k = (torch.special.ndtr(z[:, :1]) > weights.cumsum(1)).sum(1).clamp(max=len(p.weights) - 1)
+        each = torch.arange(len(x))
+        s2, var = p.variances[k], var.expand(len(x), -1)[each, k]
+        mean = p.means[k] + (abar.sqrt() * s2 / var)[:, None] * away[each, k]
+        return (mean + (s2 * (1 - abar) / var).sqrt()[:, None] * z[:, 1:]).to(x.dtype)
+
+    return model
+
+
 def critic(data, model, schedule):
     """`logit(x, t=t)` [N] of the best critic between noised data (high) and a model's noised samples."""
 

@@ -46,7 +46,7 @@ def test_a_run_from_training_to_report(trained, capsys, tmp_path):
     assert (trained / "report.html").exists() and dgf.load(trained).state.step == 2
     run(capsys, "sample", str(trained), "--n", "5", "--seed", "3")
     assert (trained / "samples" / "seed-3.png").exists()
-    run(capsys, "sample", str(trained), "--n", "5", "--out", str(tmp_path / "s.npz"))
+    run(capsys, "sample", str(trained), "--n", "5", "--steps", "2", "--out", str(tmp_path / "s.npz"))
     samples = np.load(tmp_path / "s.npz")["samples"]
     assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
     text = run(capsys, "evaluate", str(trained), "--n", "40").out

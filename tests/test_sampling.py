@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 import diffgan_fast as dgf
+from diffgan_fast.sampling import sample_posterior
 from tests import mixture
+from tests.ops import oracle
 
 S = dgf.Schedule.linear_scaled(40)
 
@@ -125,3 +128,63 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="steps must be"):
         dgf.sample(exact(0, 1), (2, 2), S, 5, steps=41)
     assert math.isfinite(float(dgf.sample(exact(0, 1), (1, 1), S, 5)))
+
+
+@pytest.mark.parametrize("T", (1, 2, 4, 8))
+def test_the_posterior_of_the_true_x0_walks_down_the_forward_process(T):
+    """x_{t-1} ~ q(x_{t-1} | x_t, x_0) with x_t ~ q(x_t | x_0) is q(x_{t-1} | x_0), and has the pair's covariance."""
+    n, x0, S = 40_000, 0.7, dgf.Schedule.vp(T)
+    x = dgf.ops.add_noise(torch.full((n, 1), x0), T, S, 11)
+    for t in range(T, 0, -1):
+        previous = dgf.ops.posterior_step(torch.full((n, 1), x0), x, t, S, 100 + t)
+        abar, before = float(S.alphas_cumprod[t]), float(S.alphas_cumprod[t - 1])
+        if t == 1:
+            assert (previous == x0).all()
+            break
+        law = stats.norm(before**0.5 * x0, (1 - before) ** 0.5)
+        assert stats.kstest(previous[:, 0].double().numpy(), law.cdf).pvalue > 1e-3
+        want = float(S.alphas[t]) ** 0.5 * (1 - before)
+        away = (previous.double() - before**0.5 * x0) * (x.double() - abar**0.5 * x0)
+        assert abs(float(away.mean()) - want) < 4 * float(away.std()) / n**0.5
+        x = previous
+
+
+@pytest.mark.parametrize("T", (1, 2, 4, 8))
+def test_an_exact_generator_draws_the_data_in_few_steps(T):
+    """Every step draws x_0 from p(x_0 | x_t), then x_{t-1}: the law of the data, however large the steps."""
+    S, p = dgf.Schedule.vp(T), mixture.gaussians25(0.35, torch.arange(1, 26))
+    x = sample_posterior(mixture.generator(p, S), (4000, 2), S, 7, z_dim=3)
+    check_mixture(p, x, 0.05 * 0.35)
+
+
+def test_few_steps_draw_their_noise_by_key_and_number():
+    S, calls = dgf.Schedule.vp(4), []
+
+    def model(x, t, z):
+        calls.append((x, int(t[0]), z))
+        return 0.5 * x + z[:, :1]
+
+    def numbers(key, first, shape):
+        return torch.tensor(oracle.normal(math.prod(shape), key, first), dtype=torch.float32).view(shape)
+
+    x = sample_posterior(model, (5, 2), S, 3, z_dim=3, first_sample=7)
+    assert [t for _, t, _ in calls] == [4, 3, 2, 1]
+    fold, wanted = dgf.random.fold_in, numbers(dgf.random.fold_in(3, "x_T"), 14, (5, 2))
+    for x_t, t, z in calls:
+        torch.testing.assert_close(x_t, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(z, numbers(fold(fold(3, t), "z"), 21, (5, 3)), rtol=0, atol=2e-5)
+        c1, c2, var = (
+            float(table[t]) for table in (S.posterior_mean_coef1, S.posterior_mean_coef2, S.posterior_variance)
+        )
+        wanted = c1 * (0.5 * x_t + z[:, :1]) + c2 * x_t + var**0.5 * numbers(fold(3, t), 14, (5, 2))
+    torch.testing.assert_close(x, wanted, rtol=0, atol=2e-5)
+    whole = sample_posterior(model, (12, 2), S, 3, z_dim=3)
+    assert torch.equal(whole[7:], x)
+
+
+def test_a_generator_of_x_prev_needs_no_posterior():
+    S, seen = dgf.Schedule.vp(3), []
+    x = sample_posterior(lambda x, t, z: x + t[:, None], (4, 2), S, 5, z_dim=0, predicts="x_prev",
+                         on_step=lambda t, x: seen.append((t, x)))  # fmt: skip
+    assert [t for t, _ in seen] == [3, 2, 1, 0]
+    torch.testing.assert_close(x, seen[0][1] + 3 + 2 + 1)

@@ -46,13 +46,17 @@ class State:
         """How often each network was updated."""
         return self._updates
 
-    def update(self, name: str, loss: torch.Tensor) -> None:
-        """One optimiser step of network `name` on a loss. No other network's gradients are computed."""
+    def update(self, name: str, loss: torch.Tensor, *, scheduled: bool | None = None) -> None:
+        """One optimiser step of network `name` on a loss. No other network's gradients are computed.
+
+        scheduled: whether its learning rate follows the config's schedule; None: that of a generating network does.
+        """
         optimizer, net = self.optimizers[name], self.nets[name]
         optimizer.backward(loss)
         if name in self.generating and self.config.clip_grad:
             optimizer.clip(self.config.clip_grad)
-        lr = self._base_lr[name] * (self.lr_factor() if name in self.generating else 1.0)
+        scheduled = name in self.generating if scheduled is None else scheduled
+        lr = self._base_lr[name] * (self.lr_factor() if scheduled else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -66,7 +70,7 @@ class State:
         return tuple(n for n in self.nets if n != "critic")
 
     def lr_factor(self) -> float:
-        """What the base learning rates of the generating networks are multiplied by at this step."""
+        """What the base learning rates that follow the schedule are multiplied by at this step."""
         c, progress = self.config, self.step / max(self.config.steps, 1)
         factor = {
             "constant": 1.0,

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
-from diffgan_fast.methods import ddpm, gan, gan_enhanced, guidance, method1, method2, method3, method4, method35
+from diffgan_fast.methods import ddgan, ddpm, gan, gan_enhanced, guidance, method1, method2, method3, method4, method35
 
 _KINDS: tuple[type[Method], ...] = (
     ddpm.DDPM,
@@ -19,10 +19,23 @@ _KINDS: tuple[type[Method], ...] = (
     guidance.DiscriminatorGuidance,
     gan_enhanced.GANEnhanced,
     gan.GAN,
+    ddgan.DDGAN,
 )
 _ALL = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["ddpm", "find", "gan", "gan_enhanced", "guidance", "method1", "method2", "method3", "method35", "method4"]
+__all__ = [
+    "ddgan",
+    "ddpm",
+    "find",
+    "gan",
+    "gan_enhanced",
+    "guidance",
+    "method1",
+    "method2",
+    "method3",
+    "method35",
+    "method4",
+]
 
 
 def find(name: str) -> type[Method]:

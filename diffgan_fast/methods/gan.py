@@ -108,7 +108,7 @@ class GAN(Method):
         return logged
 
     @torch.no_grad()
-    def sample(self, state, n, key, *, first=0, ema=True, labels=None, **how):
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None):
         if labels is not None:
             raise ValueError("labels must be None: this run's generator is told no class")
         net = state.sampling_net("generator", ema)

@@ -6,6 +6,7 @@ from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
 from .ddgan import DDGANGenerator
 from .ddgan_critic import DDGANCritic
 from .embedding import sinusoidal
+from .macs import macs
 from .mlp import DDGANPointGenerator, MLPCritic, MLPDenoiser
 from .student import StudentUNet
 from .unet import UNet
@@ -26,5 +27,6 @@ __all__ = [
     "init_dcgan",
     "is_main_of_join",
     "load_weights",
+    "macs",
     "sinusoidal",
 ]

@@ -165,6 +165,7 @@ class DDGANGenerator(nn.Module):
         preset: "8", "28", "cifar10" or "256"; None takes the one made for `size`. Any works at other sizes that fit.
         T: the number of time steps; an attribute to read, the layers do not depend on it.
         z_dim: length of z.
+        bounded: whether a tanh keeps the output in [-1, 1]. False is for x_{t-1}, which is noisy, in place of x̂0.
         changes: replace attributes of the preset's `Shape`: `DDGANGenerator(3, 64, preset="256", T=4, width=32)`.
 
     Raises:
@@ -174,7 +175,17 @@ class DDGANGenerator(nn.Module):
     Source: Xiao, Kreis and Vahdat 2022, §4 and App. C, and their code; Song et al. 2021, App. H (NCSN++).
     """
 
-    def __init__(self, channels: int, size: int, *, T: int, preset: str | None = None, z_dim: int = 100, **changes):
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        *,
+        T: int,
+        preset: str | None = None,
+        z_dim: int = 100,
+        bounded: bool = True,
+        **changes,
+    ):
         super().__init__()
         shape = replace(PRESETS[preset_for(size, preset, PRESETS, BY_SIZE)], **changes)
         width, multipliers, attention = shape.width, shape.multipliers, shape.attention
@@ -217,7 +228,7 @@ class DDGANGenerator(nn.Module):
             self.up.append(UpLevel(stack, attend, block(here, here, resample=fir_up) if resolution < size else None))
 
         out = variance_scaled(nn.Conv2d(here, channels, 3, padding=1), 0.0)
-        self.head = nn.Sequential(group_norm(here), nn.SiLU(), out, nn.Tanh())
+        self.head = nn.Sequential(group_norm(here), nn.SiLU(), out, nn.Tanh() if bounded else nn.Identity())
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x̂0, a guess at the clean images.
@@ -228,7 +239,7 @@ class DDGANGenerator(nn.Module):
             z: [N, z_dim], standard normal.
 
         Returns:
-            [N, channels, size, size] in [-1, 1].
+            [N, channels, size, size], in [-1, 1] if bounded.
 
         Raises:
             ValueError: `x` or `z` has another shape.

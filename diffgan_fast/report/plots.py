@@ -1,7 +1,7 @@
 """Line plots as SVG or PNG: scalars over the steps of a run, and quantities over the noise level t."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Literal
 
@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 Format = Literal["svg", "png"]
 
@@ -88,6 +88,43 @@ def _plot(rows, keys, x: str, title: str, y_label: str | None, smooth: float, fo
     _scale(axes, [ys for _, ys in lines.values()])
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _bytes(figure, format)
+
+
+def tradeoff(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    format: Format = "svg",
+) -> bytes:
+    """Two costs of several methods: each a dot at the mean of its runs, named, with the runs as faint dots around it.
+
+    Args:
+        points: name -> (x, y) of each run; all x above 0.
+        x_label, y_label, title: printed; x is on a log axis.
+        format: "svg" (transparent) or "png" (white).
+
+    Returns:
+        the file's bytes. The y axis is logarithmic if all values are positive and span a factor above 20.
+
+    Raises:
+        ValueError: there is nothing to draw, an x is not above 0, or an unknown format.
+    """
+    runs = {name: np.array(values, dtype=float).reshape(-1, 2) for name, values in points.items()}
+    if not runs or any(not len(xy) or not (xy[:, 0] > 0).all() for xy in runs.values()):
+        raise ValueError("points must hold at least one (x, y) for each name, with x above 0")
+    figure, axes = _figure(title, x_label, y_label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.12, y=0.1)
+    for (name, xy), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+        axes.plot(xy[:, 0], xy[:, 1], "o", color=colour, alpha=0.3, ms=3, markeredgewidth=0)
+        middle = tuple(xy.mean(0))
+        axes.plot(*middle, "o", color=colour, ms=6)
+        axes.annotate(name, middle, (5, 4), textcoords="offset points", fontsize=7.5, color=INK)
+    _scale(axes, [xy[:, 1] for xy in runs.values()])
     return _bytes(figure, format)
 
 

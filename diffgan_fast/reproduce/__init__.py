@@ -1,7 +1,18 @@
 """The studies of the source documents again: each trains, measures, and sets the result beside the published values."""
 
+from diffgan_fast.reproduce.ddgan import reproduce_ddgan
+from diffgan_fast.reproduce.ddgan_page import tradeoff_table
 from diffgan_fast.reproduce.images import reproduce_table1, table1_folder
 from diffgan_fast.reproduce.images_page import gain_table, score_table
 from diffgan_fast.reproduce.points import kl_table, reproduce_2d
 
-__all__ = ["gain_table", "kl_table", "reproduce_2d", "reproduce_table1", "score_table", "table1_folder"]
+__all__ = [
+    "gain_table",
+    "kl_table",
+    "reproduce_2d",
+    "reproduce_ddgan",
+    "reproduce_table1",
+    "score_table",
+    "table1_folder",
+    "tradeoff_table",
+]

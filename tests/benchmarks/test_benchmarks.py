@@ -107,6 +107,43 @@ def test_metrics_benchmark():
     assert set().union(*rows) <= set(report.COLUMNS)
 
 
+def test_ddgan_benchmark():
+    from benchmarks import ddgan
+
+    rows = report.with_ratios(ddgan.run(QUICK))
+    assert [row["provider"] for row in rows] == ["reference", "ours", "ddpm", "ddgan"]
+    assert not report.red(rows), report.table(rows)
+    reference, ours, ddpm, few = rows
+    assert all(row["images_per_s"] > 0 for row in rows) and ours["over_reference"] > 0 and few["over_ddpm"] > 0
+    # with R1 in every second iteration: 6 G + 8 D of the reference, and 4 G + 8 D of ours, plus what R1 adds to both
+    assert ours["predicted"] == pytest.approx(reference["macs"] / ours["macs"]) and 1.2 < ours["predicted"] < 1.35
+    assert abs(ddpm["macs"] / few["macs"] - 1) <= 0.1
+    assert few["predicted"] == pytest.approx(6 * ddpm["macs"] / (4 * few["macs"]))
+    assert set().union(*rows) <= set(report.COLUMNS)
+
+
+def test_ddgan_counts_the_passes():
+    """Without R1 an iteration of the reference is 6 passes of the generator and 8 of the critic, of ours 4 and 8."""
+    from benchmarks import ddgan
+
+    x, t, z = torch.zeros(4, 1, 8, 8), torch.ones(4, dtype=torch.int64), torch.zeros(4, 100)
+    generator, critic = dgf.nets.DDGANGenerator(1, 8, T=4), dgf.nets.DDGANCritic(1, 8, T=4)
+    G, D = dgf.nets.macs(generator, x, t, z) / 4, dgf.nets.macs(critic, x, t=t, x_t=x) / 4
+    arms = ddgan.Reference(generator, critic), ddgan.Ours(generator, critic, (1, 8, 8))
+    for arm, passes in zip(arms, (6, 4), strict=True):
+        arm.step(x)  # the first iteration is one with R1
+        assert ddgan.macs_of(arm, x, 1) == pytest.approx(passes * G + 8 * D, rel=0.03)
+
+
+def test_ddgan_tells_a_wrong_arm(monkeypatch):
+    from benchmarks import ddgan
+
+    monkeypatch.setattr(ddgan.Reference, "posterior", lambda self, x0, x_tp1, t, part, draw: x0)
+    generator, critic = dgf.nets.DDGANGenerator(1, 8, T=4), dgf.nets.DDGANCritic(1, 8, T=4)
+    status = ddgan.verify(generator, critic, torch.rand(4, 1, 8, 8))
+    assert status["ours"].startswith("RED")
+
+
 def test_compile_modes():
     """Both modes are measured; fallback_random draws what eager draws, the default does not."""
     size = cases.Size((300,), torch.float32, torch.device("cpu"))

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 import diffgan_fast as dgf
@@ -89,3 +90,16 @@ def test_a_trained_denoiser_reaches_the_best_loss_on_gaussian_data(tmp_path):
     for t, mse in zip(levels["t"], levels["mse"], strict=True):
         a = float(run.method.schedule.alphas_cumprod[t])
         assert abs(mse - a * 0.25 / (a * 0.25 + 1 - a)) < 0.05
+
+
+def test_steps_of_sampling_are_the_callers_choice(tmp_path):
+    run = dgf.train("ddpm", torch.rand(8, 1, 8, 8) * 2 - 1, tmp_path, steps=1, batch_size=4, T=6, width=8,
+                    sample_every=0, progress=False)  # fmt: skip
+    told, forward = [], run.state.ema["denoiser"].forward
+    run.state.ema["denoiser"].forward = lambda x, t: told.append(int(t[0])) or forward(x, t)
+    x = run.sample(2)
+    assert told == [6, 5, 4, 3, 2, 1] and torch.equal(run.sample(2, steps=6), x)
+    told.clear()
+    assert not torch.equal(run.sample(2, steps=3), x) and told == [6, 4, 2]
+    with pytest.raises(ValueError, match="steps must be an int in 1..6, got 7"):
+        run.sample(2, steps=7)

@@ -54,6 +54,16 @@ def test_output_stays_in_range():
     assert 0.5 < x0.abs().max() <= 1
 
 
+def test_without_bounds_the_output_is_what_tanh_would_bound():
+    torch.manual_seed(0)
+    bounded, free = randomise(tiny(), scale=1.0), tiny(bounded=False)
+    free.load_state_dict(bounded.state_dict())
+    x, z = 10 * images(3, 1, 4), latents(3)
+    out = free(x, T3, z)
+    assert out.abs().max() > 1
+    torch.testing.assert_close(out.tanh(), bounded(x, T3, z))
+
+
 def test_28_px_goes_through_14_and_7():
     model = DDGANGenerator(1, 28, T=4)
     heights = []

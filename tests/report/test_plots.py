@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgan_fast.report import curves, levels
+from diffgan_fast.report import curves, levels, tradeoff
 from diffgan_fast.report.plots import _series, _smoothed
 
 HISTORY = [{"step": s, "loss": 2.0 ** (-s / 50), "logit": s / 100 - 1, "same": 3} for s in range(0, 400, 4)]
@@ -79,3 +79,13 @@ def test_nothing_to_draw_and_unknown_formats_are_errors():
             curves(rows, ["loss"])
     with pytest.raises(ValueError, match="svg or png"):
         curves(HISTORY, ["loss"], format="pdf")
+
+
+def test_a_tradeoff_names_every_method():
+    points = {"ddgan-4": [(0.2, 3.0), (0.25, 3.5)], "ddpm-1000": [(80.0, 3.2)]}
+    drawn = tradeoff(points, "seconds", "FID", "FID against seconds").decode()
+    assert "<svg" in drawn and drawn == tradeoff(points, "seconds", "FID", "FID against seconds").decode()
+    assert tradeoff(points, "seconds", "FID", format="png").startswith(b"\x89PNG")
+    for bad in ({}, {"a": []}, {"a": [(0.0, 1.0)]}):
+        with pytest.raises(ValueError, match="points must hold"):
+            tradeoff(bad, "seconds", "FID")

@@ -1,0 +1,206 @@
+"""The trade-off of Denoising Diffusion GAN: quality of samples against the time that they take, and its ablations.
+
+All models are trained on the same data with the same number of images, with several seeds. The U-Net of the diffusion
+models has the width at which a call takes as many multiply-accumulates as one of the DDGAN's generator, or nearly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffgan_fast import data as data_sets
+from diffgan_fast import files, methods, metrics, nets
+from diffgan_fast.api import train
+from diffgan_fast.data.points import POINTS
+from diffgan_fast.methods import find as find_method
+from diffgan_fast.reproduce.ddgan_page import write_page
+from diffgan_fast.reproduce.study import check
+from diffgan_fast.run import Run
+
+BATCH = 64  # samples a training step
+TIMED = 100  # images whose drawing is timed, as the published seconds are for 100
+WIDTHS = range(4, 513, 2)  # of the U-Net of the diffusion models
+# what small diffusion models learn most from, as in the demo
+DIFFUSION: dict[str, Any] = dict(schedule="cosine", prediction="v", lr=4e-3, lr_schedule="cosine", warmup=50)
+COMMON: dict[str, Any] = dict(batch_size=BATCH, ema=0.995, sample_every=0, checkpoint_every=500)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model: the method that trains it, its settings, and how it is sampled if not as it was trained to be."""
+
+    method: str
+    settings: dict[str, Any]
+    what: str
+    sampled: dict[str, Any] = field(default_factory=dict)
+    run: str | None = None  # the configuration whose runs it shares
+
+
+DDIM: dict[str, Any] = dict(sampler="ddim", sample_steps=50, eta=0.0)
+CONFIGS = {
+    "ddpm-1000": Arm("ddpm", dict(T=1000), "DDPM, T = 1000"),
+    "ddpm-300": Arm("ddpm", dict(T=300), "DDPM, T = 300"),
+    "ddim-50": Arm("ddpm", dict(T=1000), "DDIM, 50 steps of the DDPM with T = 1000", DDIM, "ddpm-1000"),
+    **{f"ddgan-{T}": Arm("ddgan", dict(T=T), f"DDGAN, T = {T}") for T in (1, 2, 4, 8)},
+    "ddgan-no-latent": Arm("ddgan", dict(T=4, latent=False), "DDGAN, T = 4, without the latent z"),
+    "ddgan-x-prev": Arm("ddgan", dict(T=4, predicts="x_prev"), "DDGAN, T = 4, that predicts x_{t-1} directly"),
+    "gan": Arm("gan", {}, "DCGAN, one step"),
+    "diffusion-gan": Arm("diffusion-gan", {}, "Diffusion-GAN, one step"),
+}
+SCORES = ("is", "fid", "kid", "precision", "recall")
+
+# What was measured of a run: SCORES with their labels and those of real data; "sample_seconds" of TIMED images, "nfe",
+# "seconds" and "images" of training; "path".
+Outcome = dict[str, Any]
+
+
+def configurations() -> list[str]:
+    """The configurations whose methods there are."""
+    return [name for name, arm in CONFIGS.items() if arm.method in methods()]
+
+
+def reproduce_ddgan(
+    out: str | Path = "runs/reproduce-ddgan",
+    *,
+    data: str = "digits",
+    configs: Sequence[str] | None = None,
+    seeds: int = 3,
+    n: int = 2000,
+    images: int = 128_000,
+    points: str = "ring",
+    point_steps: int = 10_000,
+    width: int | None = None,
+    subset: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, list[Outcome]]:
+    """Trains every configuration with several seeds and measures what its samples cost and are worth.
+
+    Table and figures go to out/<data>/report.html; with them a picture of one denoising step of points, learnt by a
+    `ddgan` in out/points/<points>.
+
+    Args:
+        out: directory; runs lie in out/<data>/<config>/seed-<s>. Complete ones are reused, others go on.
+        data: a name out of `dgf.datasets()` that stands for images; "mnist" is what the slides show.
+        configs: names out of `configurations()`; None: all.
+        seeds: how many, from 0 on.
+        n: samples to measure.
+        images: how many each model is trained on; at least BATCH.
+        points: a name out of `dgf.datasets()` that stands for points.
+        point_steps: training steps of the `ddgan` of points.
+        width: channels of the DDGAN's generator at full resolution; None: as its preset for the size has them.
+        subset: train on so many images.
+
+    Returns: configuration -> for each seed what was measured, as `Outcome` says.
+
+    Raises: ValueError for an unknown name, or another argument out of range.
+    """
+    known, pictures = configurations(), [name for name in data_sets.datasets() if name not in POINTS]
+    configs = known if configs is None else [configs] if isinstance(configs, str) else list(dict.fromkeys(configs))
+    check(seeds, data=([data], pictures), configs=(configs, known), points=([points], POINTS))
+    if images < BATCH:
+        raise ValueError(f"images must be at least {BATCH}, which is one step; got {images}")
+    folder = Path(out) / data
+    results: dict[str, list[Outcome]] = {name: [] for name in configs}
+    study = _Study(folder, data, images // BATCH, n, width, dict(subset=subset, device=device, progress=progress))
+    bar = tqdm(list(product(range(seeds), configs)), desc="reproduce ddgan", unit="run", disable=not progress)
+    for seed, name in bar:
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        results[name].append(study.outcome(name, seed))
+    denoised = train(
+        "ddgan", points, Path(out) / "points" / points, preset="points", steps=point_steps, resume=True, sample_every=0,
+        device=device, progress=progress,
+    )  # fmt: skip
+    write_page(folder / "report.html", results, {name: CONFIGS[name].what for name in configs}, study.macs(), denoised)
+    return results
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What all runs of a study have in common, and how one is trained and measured."""
+
+    folder: Path
+    data: str
+    steps: int
+    n: int
+    width: int | None
+    options: dict[str, Any]
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of a call on one image: of the DDGAN's generator, and of the U-Net beside it."""
+        found = matched(data_sets.load(self.data).shape, self.width)
+        return {"DDGAN's generator": found[1], f"U-Net of width {found[0]}": found[2]}
+
+    def outcome(self, name: str, seed: int) -> Outcome:
+        """What a configuration comes to with a seed: from its run's directory, if it was measured before."""
+        arm = CONFIGS[name]
+        settings = COMMON | arm.settings | {"steps": self.steps}
+        if arm.method == "ddpm":
+            settings |= DIFFUSION | {"width": matched(data_sets.load(self.data).shape, self.width)[0]}
+        elif arm.method == "ddgan":
+            settings["width"] = self.width
+        where = self.folder / (arm.run or name) / f"seed-{seed}"
+        run = train(arm.method, self.data, where, seed=seed, resume=True, **settings, **self.options)
+        path = where / f"tradeoff-{name}.json"
+        known = {"n": self.n, "step": run.state.step}
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if stored.items() & known.items() != known.items():
+            stored = known | _measured(_sampled(run, arm.sampled), self.n, seed + 1)
+            files.write(path, json.dumps(stored, indent=1) + "\n")
+        return stored | {"seconds": run.seconds, "images": self.steps * BATCH, "path": run.path}
+
+
+def _sampled(run: Run, options: dict[str, Any]) -> Run:
+    """The run with other options of sampling."""
+    method, other = run.method, copy.copy(run)
+    other.method = type(method)(replace(method.config, **options), method.shape, method.num_classes)
+    return other
+
+
+def _measured(run: Run, n: int, seed: int) -> Outcome:
+    """Scores of n samples, the seconds that TIMED of them take, the faster of two times, and the network's calls."""
+    scores = metrics.evaluate(run.sample(n, seed), run.reference(), metrics=SCORES, held_out=run.reference("test"))
+    seconds, calls = [], 0
+
+    def called(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = run.state.sampling_net(run.state.generating[0]).register_forward_hook(called)
+    for i in range(2):
+        started = time.perf_counter()
+        run.sample(TIMED, seed, first=i * TIMED)
+        seconds.append(time.perf_counter() - started)
+    hook.remove()
+    return scores | {"sample_seconds": min(seconds), "nfe": calls // 2}
+
+
+@cache
+def matched(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int]:
+    """The U-Net's width at which a call takes most nearly as many multiply-accumulates as one of the DDGAN's generator
+    of `width`; those of the generator; those of the U-Net."""
+    kind = find_method("ddgan")
+    method = kind(kind.Config.make(width=width), shape)
+    with torch.device("meta"):
+        x, t, z = torch.empty(1, *shape), torch.ones(1, dtype=torch.int64), torch.empty(1, 100)
+        target = nets.macs(method.networks({})["generator"], x, t, z)
+
+        @cache
+        def unet(width: int) -> int:
+            return nets.macs(nets.UNet.preset(shape[1], shape[0], width=width), x, t)
+
+        above = max(1, bisect_left(WIDTHS, target, key=unet))
+        best = min(WIDTHS[above - 1 : above + 1], key=lambda width: abs(unet(width) - target))
+    return best, target, unet(best)

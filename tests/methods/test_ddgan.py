@@ -1,0 +1,274 @@
+"""Denoising Diffusion GAN against its algorithm written out in plain torch."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+import diffgan_fast as dgf
+from diffgan_fast.engine import Batch, State
+from tests.ops import oracle
+
+DDGAN = dgf.methods.find("ddgan")
+fold = dgf.random.fold_in
+
+
+class Generator(nn.Module):
+    """x̂0 of images or points, told t and z; it remembers what it was told."""
+
+    def __init__(self, size=1, z_dim=3):
+        super().__init__()
+        self.mix, self.time, self.latent = nn.Linear(size, size), nn.Linear(1, size), nn.Linear(z_dim, size)
+        self.seen = []
+
+    def forward(self, x, t, z):
+        self.seen.append((x.detach(), t, z))
+        told = self.time(t[:, None].to(x.dtype)) + self.latent(z)
+        return torch.tanh(self.mix(x.flatten(1)) + told).view(x.shape)
+
+
+class Critic(nn.Module):
+    """Logits that are no quadratic of x, so that R1 has a gradient of its own."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.first, self.last = nn.Linear(2 * size + 1, 8), nn.Linear(8, 1)
+
+    def forward(self, x, t, x_t):
+        seen = torch.cat((x.flatten(1), x_t.flatten(1), t[:, None].to(x.dtype)), 1)
+        return self.last(torch.tanh(self.first(seen)))[:, 0]
+
+
+def abar(T, t):
+    """abar_t of the variance-preserving SDE from 1e-3 to 1 in T steps, float64; t a tensor or a number."""
+    s = 1e-3 + (1 - 1e-3) * torch.as_tensor(t, dtype=torch.float64) / T
+    level = lambda s: torch.exp(-19.9 * s**2 / 2 - 0.1 * s)  # noqa: E731
+    return level(s) / level(torch.tensor(1e-3, dtype=torch.float64))
+
+
+def numbers(shape, key, stream=0, first=0):
+    return torch.tensor(oracle.normal(math.prod(shape), key, first, stream)).view(shape)
+
+
+class Step:
+    """What a step draws, and its losses by their formulas, float64."""
+
+    def __init__(self, T, key, x0, z_dim=3, predicts="x0"):
+        self.T, self.key, self.x0, self.z_dim, self.predicts = T, key, x0.double(), z_dim, predicts
+
+    def judged(self, part, generator):
+        key, x0, n = fold(self.key, part), self.x0, len(self.x0)
+        t = torch.tensor([1 + (oracle.word(i, fold(key, "t")) * self.T >> 32) for i in range(n)])
+        a, before = (abar(self.T, at).view(-1, *[1] * (x0.dim() - 1)) for at in (t, t - 1))
+        pair, alpha = fold(key, "pair"), a / before
+        x_prev = before.sqrt() * x0 + (1 - before).sqrt() * numbers(x0.shape, pair)
+        x_t = alpha.sqrt() * x_prev + (1 - alpha).sqrt() * numbers(x0.shape, pair, stream=1)
+        fake = generator(x_t, t, numbers((n, self.z_dim), fold(key, "z")))
+        if self.predicts == "x0":
+            mean = before.sqrt() * (1 - alpha) / (1 - a) * fake + alpha.sqrt() * (1 - before) / (1 - a) * x_t
+            std = ((1 - alpha) * (1 - before) / (1 - a)).sqrt()
+            fake = mean + std * numbers(x0.shape, fold(key, "posterior"))
+        return t, x_prev, x_t, fake
+
+    def critic_loss(self, generator, critic, r1_gamma=0.0):
+        t, x_prev, x_t, fake = self.judged("critic", generator)
+        x_prev.requires_grad_()
+        logits = critic(x_prev, t, x_t)
+        loss = softplus(-logits).mean() + softplus(critic(fake.detach(), t, x_t)).mean()
+        (g,) = torch.autograd.grad(logits.sum(), x_prev, create_graph=True)
+        return loss + r1_gamma / 2 * g.flatten(1).square().sum(1).mean()
+
+    def generator_loss(self, generator, critic):
+        t, _, x_t, fake = self.judged("generator", generator)
+        return softplus(-critic(fake, t, x_t)).mean()
+
+
+def case(size=2, seed=0):
+    torch.manual_seed(seed)
+    return Generator(size).double(), Critic(size).double(), torch.randn(6, size, dtype=torch.float64)
+
+
+def gradient(loss, net):
+    found = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                      for g, p in zip(found, net.parameters(), strict=True)])  # fmt: skip
+
+
+@pytest.mark.parametrize("T", (1, 2, 4))
+@pytest.mark.parametrize("predicts", ("x0", "x_prev"))
+@pytest.mark.parametrize("r1_gamma", (0.0, 0.7))
+def test_losses_follow_the_algorithm(T, predicts, r1_gamma):
+    generator, critic, x0 = case()
+    S, step = dgf.Schedule.vp(T), Step(T, 5, x0, predicts=predicts)
+    loss, fooled = dgf.methods.ddgan.losses(generator, critic, x0, S, 5, z_dim=3, predicts=predicts, r1_gamma=r1_gamma)
+    want = step.critic_loss(generator, critic, r1_gamma)
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient(loss, critic), gradient(want, critic), rtol=1e-7, atol=1e-10)
+    with torch.no_grad():
+        critic.first.weight.mul_(-1)  # stands for the critic's update
+    got, want = fooled(), step.generator_loss(generator, critic)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient(got, generator), gradient(want, generator), rtol=1e-7, atol=1e-10)
+
+
+def test_each_loss_leaves_the_other_network_alone():
+    generator, critic, x0 = case()
+    loss, fooled = dgf.methods.ddgan.losses(generator, critic, x0, dgf.Schedule.vp(4), 5, z_dim=3, r1_gamma=1.0)
+    loss.backward()
+    assert all(p.grad is None for p in generator.parameters())
+    before = [p.grad.clone() for p in critic.parameters()]
+    fooled().backward()
+    assert all(torch.equal(p.grad, g) and p.requires_grad for p, g in zip(critic.parameters(), before, strict=True))
+    (x, t, z), (x2, t2, z2) = generator.seen
+    assert not torch.equal(x, x2) and not torch.equal(t, t2) and not torch.equal(z, z2)
+
+
+def make(shape=(1, 4, 4), **options):
+    """The method with the small networks above, and its state."""
+    torch.manual_seed(1)
+    size = math.prod(shape)
+    method = DDGAN(DDGAN.Config(**{"z_dim": 3, **options}), shape)
+    networks = method.networks({"generator": Generator(size), "critic": Critic(size)})
+    return method, State(networks, method.optimizers(networks), method.averaged, method.config)
+
+
+def test_steps_are_those_of_plain_torch():
+    """Four steps: R1 in every third, cosine decay of both, Adam's betas, and the average of the generator."""
+    steps, lazy, gamma, lr, critic_lr = 4, 3, 0.5, 1e-2, 3e-3
+    method, state = make(steps=steps, lr=lr, critic_lr=critic_lr, r1_gamma=gamma, lazy_reg=lazy, ema=0.9)
+    generator, critic = (copy.deepcopy(state[name]).double() for name in ("generator", "critic"))
+    average = copy.deepcopy(generator)
+    optimizers = [
+        torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.9))
+        for net, rate in ((critic, critic_lr), (generator, lr))
+    ]
+    for s in range(steps):
+        x0 = torch.rand(8, 1, 4, 4) * 2 - 1
+        logged = method.step(state, Batch(x0), 30 + s)
+        state.step += 1
+
+        step = Step(4, 30 + s, x0)
+        for optimizer, rate in zip(optimizers, (critic_lr, lr), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * s / steps))
+        want = {}
+        for name, optimizer, loss in (
+            ("critic_loss", optimizers[0], lambda: step.critic_loss(generator, critic, 0 if s % lazy else gamma)),  # noqa: B023
+            ("generator_loss", optimizers[1], lambda: step.generator_loss(generator, critic)),  # noqa: B023
+        ):
+            want[name] = loss()
+            optimizer.zero_grad()
+            want[name].backward()
+            optimizer.step()
+        for a, p in zip(average.parameters(), generator.parameters(), strict=True):
+            a.data.lerp_(p.data, 1 - min(0.9, 1 - (2 + s) ** (-2 / 3)))
+        for name, loss in want.items():
+            assert float(logged[name].detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
+    for mine, theirs in ((state["critic"], critic), (state["generator"], generator), (state.ema["generator"], average)):
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.double(), q, rtol=0, atol=1e-4)
+
+
+def test_a_split_batch_sees_the_same_numbers():
+    method, state = make()
+    x0, seen = torch.rand(7, 1, 4, 4), state["generator"].seen
+    for part, first in ((x0, 0), (x0[:3], 0), (x0[3:], 3)):
+        method.step(state, Batch(part, first_sample=first), 3)
+    whole, parts = seen[:2], [seen[2:4], seen[4:6]]
+    for role in (0, 1):
+        for what in (1, 2):  # t, z
+            assert torch.equal(torch.cat([p[role][what] for p in parts]), whole[role][what])
+        assert torch.equal(torch.cat([p[role][0] for p in parts]), whole[role][0])
+
+
+@pytest.mark.parametrize("T", (1, 2, 4))
+def test_samples_take_as_many_calls_as_steps(T):
+    method, state = make(T=T, ema=0.5)
+    x0 = torch.rand(8, 1, 4, 4)
+    method.step(state, Batch(x0), 1)
+    seen = state.ema["generator"].seen
+    x = method.sample(state, 6, 5)
+    assert [int(t[0]) for _, t, _ in seen] == list(range(T, 0, -1))
+    assert x.shape == (6, 1, 4, 4) and x.abs().max() <= 1 and not x.requires_grad
+    torch.testing.assert_close(method.sample(state, 2, 5, first=4), x[4:])
+    assert not torch.allclose(method.sample(state, 6, 6), x)
+    assert not torch.equal(method.sample(state, 6, 5, ema=False), x)
+    assert torch.equal(method.sample(state, 6, 5, steps=T), x)
+    with pytest.raises(ValueError, match=f"steps must be {T}, for which this run's generator was trained; got 9"):
+        method.sample(state, 6, 5, steps=9)
+    with pytest.raises(ValueError, match="labels must be None"):
+        method.sample(state, 6, 5, labels=torch.zeros(6, dtype=torch.int64))
+
+
+def test_without_a_latent_the_generator_sees_zeros():
+    method, state = make(latent=False, ema=0.0)
+    method.step(state, Batch(torch.rand(8, 1, 4, 4)), 1)
+    method.sample(state, 4, 5)
+    seen = state["generator"].seen
+    assert len(seen) == 2 + 4 and all(z.shape[1] == 3 and not z.any() for _, _, z in seen)
+
+
+def test_predicting_x_prev_leaves_the_posterior_out():
+    """The samples are the generator's last output, clamped; with the posterior they would be so only at t = 1."""
+    method, state = make(predicts="x_prev", ema=0.0, T=2)
+    net = state["generator"]
+    x = method.sample(state, 4, 5)
+    (_, two, _), (x_1, one, z) = net.seen
+    assert (two == 2).all() and (one == 1).all()
+    torch.testing.assert_close(x_1, net(*net.seen[0]).detach())
+    torch.testing.assert_close(x, net(x_1, one, z).detach().clamp(-1, 1))
+
+
+def test_presets_are_the_published_configurations():
+    c = DDGAN.Config.make("cifar10")
+    published = (4, 256, 1.6e-4, 1.25e-4, 0.02, 15, 0.9999, 100, True)
+    assert (c.T, c.batch_size, c.lr, c.critic_lr, c.r1_gamma, c.lazy_reg, c.ema, c.z_dim, c.flip) == published
+    assert c.steps * c.batch_size == pytest.approx(1800 * 50_000, rel=1e-5) and c.lr_schedule == "cosine"
+    church, celeba = (DDGAN.Config.make(name) for name in ("church256", "celeba256"))
+    assert (church.T, church.batch_size, church.r1_gamma, church.lazy_reg, church.ema) == (4, 64, 1, 10, 0.999)
+    assert (celeba.T, celeba.batch_size, celeba.r1_gamma, celeba.lazy_reg, celeba.lr) == (2, 32, 2, 10, 2e-4)
+    S = DDGAN(c, (3, 32, 32)).schedule
+    torch.testing.assert_close(S.alphas_cumprod, abar(4, torch.arange(5)), rtol=1e-12, atol=0)
+
+
+SMALL = dict(batch_size=8, log_every=2, sample_every=0, checkpoint_every=0, progress=False, z_dim=4)
+DATA = {"digits": "digits", "points": "ring"}
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_resuming_is_exact(tmp_path, data):
+    options = SMALL | dict(data=data, steps=8, width=8, lazy_reg=2)
+    whole = dgf.train("ddgan", out=tmp_path / "whole", **options)
+
+    def stop(run, row):
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    options["checkpoint_every"] = 5
+    with pytest.raises(KeyboardInterrupt):
+        dgf.train("ddgan", out=tmp_path / "cut", callbacks=[stop], **options)
+    cut = dgf.train("ddgan", out=tmp_path / "cut", resume=True, **options)
+    for name in ("generator", "critic"):
+        torch.testing.assert_close(cut.state[name].state_dict(), whole.state[name].state_dict(), rtol=0, atol=0)
+    assert torch.equal(cut.sample(5), whole.sample(5))
+    assert torch.equal(dgf.load(tmp_path / "cut").sample(5), whole.sample(5))
+    assert (tmp_path / "whole" / "samples" / "denoising.png").exists() == (data == "digits")
+    with pytest.raises(ValueError, match="steps must be 4"):
+        whole.sample(5, steps=3)
+
+
+@pytest.mark.parametrize("options", [dict(T=1), dict(T=2), dict(latent=False), dict(predicts="x_prev")], ids=str)
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_ablations_train_and_load(tmp_path, data, options):
+    run = dgf.train("ddgan", data, tmp_path, steps=2, width=8, **SMALL, **options)
+    assert torch.equal(dgf.load(tmp_path).sample(4), run.sample(4)) and run.sample(4).isfinite().all()
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert {name: stored[name] for name in options} == options
+
+
+def test_other_data_are_refused():
+    with pytest.raises(ValueError, match="data must be square images or points"):
+        DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
