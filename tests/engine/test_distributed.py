@@ -1,0 +1,1 @@
+"""Runs of several processes against the same run of one."""
