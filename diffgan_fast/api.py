@@ -17,7 +17,7 @@ from torch import nn
 
 from diffgan_fast import backends, files, planning, random, report
 from diffgan_fast import data as data_sets
-from diffgan_fast.engine import Feed, Loop, Method, State, checkpoint
+from diffgan_fast.engine import Feed, Loop, Method, State, checkpoint, distributed, together
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.report.run import PRIOR_LIMIT
@@ -49,6 +49,9 @@ def train(
 ) -> Run:
     """Trains a method and returns the run.
 
+    Several processes that torchrun started train one run together, each on its share of every batch, if they all call
+    this with the same arguments (see `docs/distributed.md`). The main one writes; all return the run.
+
     Args:
         method: a name of `dgf.methods()`.
         data: a name of `dgf.datasets()`, a folder or zip of images, a tensor, an array, a Dataset, or an iterable.
@@ -63,26 +66,34 @@ def train(
             `critic` may also be a run whose critic to start from; without one, a method that wants a pre-trained critic
             trains a `gan` first, into out/critic.
         subset: train on that many samples of the data, a fixed choice.
-        callbacks: called as callback(run, row) after each logged row.
+        callbacks: called as callback(run, row) after each logged row, in every process.
         progress: show a progress bar.
         options: fields of the method's config, for example steps=, batch_size=, lr=. batch_size="auto" is the largest
             that fits into the free memory, but no more than there are samples (see `plan`).
 
     Raises:
         ValueError: an argument is not what it may be; `out` holds a run and resume is False.
-        TrainingError: a loss is not finite, or memory is out; the step and the last good checkpoint are named.
-        KeyboardInterrupt: after a checkpoint was written.
+        TrainingError: a loss is not finite, memory is out, or another process has ended; the step and the last good
+            checkpoint are named.
+        KeyboardInterrupt: of Ctrl-C or SIGTERM, after a checkpoint was written.
     """
+    distributed.join(pick_device(device))
     if automatic := options.get("batch_size") == "auto":
         del options["batch_size"]
-    start = _resolve(method, data, preset, base, critic, model, generator, device, subset, options)
+        if distributed.size() > 1:
+            raise ValueError("batch_size must be an int in a run of several processes, got 'auto'")
+    with distributed.main_first():  # data that have to be fetched are fetched once
+        start = _resolve(method, data, preset, base, critic, model, generator, device, subset, options)
     folder = Path(out) if out is not None else Path("runs") / f"{method}-{start.data.name}"
     if automatic:
         start.method = _with_largest_batch(start, folder, seed)
     kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
     settings = _settings(start, seed, subset)
-    selection = _selection(start) if config.evaluate_every else None
-    resuming = _prepare(folder, settings, resume)
+    distributed.check_same({**settings, **config.to_dict(), "out": str(folder), "resume": resume})
+    part = distributed.share(config.batch_size)
+    with distributed.main_first():
+        selection = _selection(start) if config.evaluate_every else None
+    resuming = distributed.from_main(lambda: _prepare(folder, settings, resume))
     common = dict(seed=seed, device=device, subset=subset, progress=progress)
     if kind.fine_tunes and not resuming and start.base is None and model is None:
         start.base = _train_base(data, folder / "base", preset, config, common)
@@ -90,7 +101,8 @@ def train(
     if kind.pretrained_critic(config) and not resuming and critic is None:
         start.critic = _train_critic(data, folder / "critic", kind, config, common)
         settings["critic"] = _identity(start.critic, "critic")
-    _warn_of_mismatch(instance)
+    if distributed.is_main():
+        _warn_of_mismatch(instance)
 
     state, train_data, where = build(instance, start.networks(), seed, start.device), start.data, start.device
     run = Run(folder, instance, state, seed, data, settings)
@@ -110,23 +122,18 @@ def train(
     )
     if resuming:
         loop.restore()
-        _drop_rows_after(folder, state.step)
+        distributed.from_main(lambda: _drop_rows_after(folder, state.step))
         if state.step == config.steps and (folder / "report.html").exists():  # complete, pictures and all
             _release(state)
             return run
-    elif not checkpoint.steps(folder):
-        files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
-    instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
-    loop.run()
+    else:
+        distributed.from_main(lambda: files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n"))
+    with together(state, part.stop - part.start):
+        with distributed.main_first():
+            instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
+        loop.run()
     _release(state)
-    _save_picture(run, train_data, state.step)
-    key = random.fold_in(random.key(seed), "diagnose")
-    if train_data.shape[0] in (1, 3) and not train_data.points:
-        for name, strip in instance.strips(state, feed.batch(0).x[:STRIP], key).items():
-            report.strip(strip, folder / "samples" / f"{name}.png")
-    if curves := instance.diagnose(state, feed.batch(state.step), key):
-        files.write(folder / "levels.json", json.dumps(curves) + "\n")
-    report.write_run(folder)
+    distributed.from_main(lambda: _present(run, feed))
     return run
 
 
@@ -381,6 +388,19 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
     elif path.exists():
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # rows of a start that never reached a checkpoint
     return bool(done)
+
+
+def _present(run: Run, feed: Feed) -> None:
+    """Writes what a trained run shows: pictures, curves and the report."""
+    method, state, data, folder = run.method, run.state, feed.data, run.path
+    _save_picture(run, data, state.step)
+    key = random.fold_in(random.key(run.seed), "diagnose")
+    if data.shape[0] in (1, 3) and not data.points:
+        for name, strip in method.strips(state, feed.batch(0).x[:STRIP], key).items():
+            report.strip(strip, folder / "samples" / f"{name}.png")
+    if curves := method.diagnose(state, feed.batch(state.step), key):
+        files.write(folder / "levels.json", json.dumps(curves) + "\n")
+    report.write_run(folder)
 
 
 def _release(state: State) -> None:

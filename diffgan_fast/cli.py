@@ -20,7 +20,7 @@ import typer
 
 import diffgan_fast as dgf
 from diffgan_fast import methods, report
-from diffgan_fast.engine import TrainConfig
+from diffgan_fast.engine import TrainConfig, distributed
 from diffgan_fast.run import pick_device
 
 app = typer.Typer(
@@ -82,7 +82,8 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
         except KeyboardInterrupt:
             typer.echo("stopped; a checkpoint is written. The same command with --resume goes on from it.", err=True)
             raise typer.Exit(130) from None
-        typer.echo(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
+        if distributed.is_main():
+            typer.echo(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
 
     presets = ", ".join(config.PRESETS) or "none"
     common: dict[str, tuple[Any, Any]] = {

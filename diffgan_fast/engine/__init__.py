@@ -5,7 +5,7 @@ from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.optim import FlatAdamW
-from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch
+from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch, together
 
 __all__ = [
     "Batch",
@@ -20,4 +20,5 @@ __all__ = [
     "frozen",
     "measures_batch",
     "option",
+    "together",
 ]

@@ -41,20 +41,21 @@ class Feed:
             self._epochs[epoch] = torch.argsort(bits, stable=True)
         return self._epochs[epoch]
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+    def batch(self, step: int, part: slice = slice(0, None)) -> Batch:
+        """The batch of a step, counted from 0, or a part of it: the samples that the whole batch has there."""
         n, taken = len(self.data), []
         position, left = step * self.batch_size, self.batch_size
         while left:
             epoch, offset = divmod(position, n)
-            part = self._permutation(epoch)[offset : offset + left]
-            taken.append(part)
-            position, left = position + len(part), left - len(part)
-        index = taken[0] if len(taken) == 1 else torch.cat(taken)
+            some = self._permutation(epoch)[offset : offset + left]
+            taken.append(some)
+            position, left = position + len(some), left - len(some)
+        index = (taken[0] if len(taken) == 1 else torch.cat(taken))[part]
         x = self.data.batch(index)
         if self._flip:
-            mirror = random.randint(2, len(index), random.fold_in(self._key, "flip", step), device=self.device)
+            key = random.fold_in(self._key, "flip", step)
+            mirror = random.randint(2, len(index), key, first=part.start, device=self.device)
             x = torch.where(mirror.view(-1, 1, 1, 1).bool(), x.flip(-1), x)
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return Batch(x, None if self.data.labels is None else self.data.labels_of(index))
+        return Batch(x, None if self.data.labels is None else self.data.labels_of(index), part.start)

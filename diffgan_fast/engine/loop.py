@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffgan_fast import random
-from diffgan_fast.engine import checkpoint
+from diffgan_fast.engine import checkpoint, distributed
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.method import Method
 from diffgan_fast.engine.state import State
@@ -30,12 +30,15 @@ class Loop:
     """Runs a method's steps from `state.step` to `config.steps`.
 
     Everything random in step s is a function of (seed, s): no generator state is kept, and a run that was stopped goes
-    on bit for bit. Losses stay on the device until a row is logged.
+    on bit for bit. Losses stay on the device until a row is logged. Of several processes each trains on its part of a
+    batch, with the noise that the whole batch has there, and the main one writes.
 
     Args:
-        on_log: called with each row that was written.
-        on_sample: called at every `sample_every`-th step.
-        on_evaluate: called at every `evaluate_every`-th step and at the last; what it gives is the row's "evaluation".
+        state: of several processes `together`.
+        on_log: called with each row that was written, in every process.
+        on_sample: called at every `sample_every`-th step, in the main process.
+        on_evaluate: called at every `evaluate_every`-th step and at the last, in the main process; what it gives is the
+            row's "evaluation".
     """
 
     def __init__(
@@ -52,36 +55,41 @@ class Loop:
         on_evaluate: Callable[[], dict] = dict,
     ):
         self.method, self.state, self.feed, self.folder = method, state, feed, folder
-        self.config, self.progress = method.config, progress
+        self.config, self.progress = method.config, progress and distributed.is_main()
+        self.part = distributed.share(self.config.batch_size)
         self.on_log, self.on_sample, self.on_evaluate = on_log, on_sample, on_evaluate
         self.seed_key = random.key(seed)
         self.seconds = 0.0
+        self._saved: int | None = None  # step of the last checkpoint
         self._pending: list[dict[str, torch.Tensor]] = []  # losses since the last row, still on the device
         self.unlogged: list[dict[str, float]] = []  # the same on the host, known to be finite
         self._since = 0.0
 
     def run(self) -> None:
-        """Trains to the end. KeyboardInterrupt saves a checkpoint and is raised again."""
+        """Trains to the end. Ctrl-C and SIGTERM save a checkpoint and raise KeyboardInterrupt."""
         c, state = self.config, self.state
         for net in state.nets.values():
             net.train()
         bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
         self._since = time.perf_counter()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar, self._interrupts():
+            stop = distributed.Stop()
             try:
                 while state.step < c.steps:
                     self._step(bar)
-                    if self._interrupted:
+                    if stop.agreed(self._interrupted):
                         raise KeyboardInterrupt
+                if state.step != self._saved:
+                    self.save()
             except KeyboardInterrupt:
                 self.save()
                 raise
-        if state.step not in checkpoint.steps(self.folder):
-            self.save()
+            except distributed.ProcessLost as error:
+                raise TrainingError(f"{error} at step {state.step + 1}; {self._last_good()}") from error
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
-        """Ctrl-C takes effect between steps: a step that was cut in two could not be resumed."""
+        """Ctrl-C, and SIGTERM, take effect between steps: a step that was cut in two could not be resumed."""
         self._interrupted = False
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread is interrupted, and may install handlers
@@ -90,18 +98,19 @@ class Loop:
         def note(*_) -> None:
             self._interrupted = True
 
-        before = signal.signal(signal.SIGINT, note)
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _step(self, bar: tqdm) -> None:
         c, state = self.config, self.state
         key = random.fold_in(self.seed_key, "step", state.step)
-        torch.manual_seed(random.fold_in(key, "torch"))  # dropout and the like
+        torch.manual_seed(random.fold_in(key, "torch", self.part.start))  # dropout and the like
         try:
-            losses = self.method.step(state, self.feed.batch(state.step), key)
+            losses = self.method.step(state, self.feed.batch(state.step, self.part), key)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -115,7 +124,7 @@ class Loop:
             bar.set_postfix_str(self._log(bool(judged)))
         if c.sample_every and state.step % c.sample_every == 0 and not last:
             with self._aside():
-                self.on_sample(state.step)
+                distributed.from_main(lambda: self.on_sample(state.step))
         if c.checkpoint_every and state.step % c.checkpoint_every == 0 and not last:
             self.save()
 
@@ -126,12 +135,14 @@ class Loop:
             if not all(bool(p.isfinite().all()) for p in net.parameters()):
                 self._fail(f"a weight of {name!r}", self.state.step)
         self._clock()
-        checkpoint.save(self.folder, self.state, {"seconds": self.seconds, "unlogged": self.unlogged}, self.config.keep)
+        facts = {"seconds": self.seconds, "unlogged": self.unlogged}
+        distributed.from_main(lambda: checkpoint.save(self.folder, self.state, facts, self.config.keep))
+        self._saved = self.state.step
 
     def restore(self) -> None:
         """Goes back to the last checkpoint of the run's folder."""
         facts = checkpoint.load(self.folder, self.state)
-        self.seconds, self.unlogged = facts["seconds"], facts["unlogged"]
+        self.seconds, self.unlogged, self._saved = facts["seconds"], facts["unlogged"], self.state.step
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -145,12 +156,12 @@ class Loop:
         self.seconds, self._since = self.seconds + now - self._since, now
 
     def _settle(self) -> None:
-        """Brings the losses since the last row to the host. TrainingError if one is not finite."""
+        """Brings the losses since the last row to the host. TrainingError, in every process, if one is not finite."""
         first = self.state.step - len(self._pending) + 1
         if not self._pending:
             return
         values = [v.float() for losses in self._pending for v in losses.values()]
-        flat = torch.stack(values).tolist() if values else []
+        flat = distributed.mean(torch.stack(values)).tolist() if values else []
         for step, losses in enumerate(self._pending, first):
             row = dict(zip(losses, flat[: len(losses)], strict=True))
             flat = flat[len(losses) :]
@@ -169,9 +180,12 @@ class Loop:
         )
 
     def _fail(self, what: str, step: int) -> NoReturn:
+        raise TrainingError(f"{what} is not finite at step {step}; {self._last_good()}")
+
+    def _last_good(self) -> str:
         kept = checkpoint.steps(self.folder)
         where = self.folder / "checkpoints" / f"step-{kept[-1]}" if kept else "none was written yet"
-        raise TrainingError(f"{what} is not finite at step {step}; last good checkpoint: {where}")
+        return f"last good checkpoint: {where}"
 
     def _log(self, judged: bool) -> str:
         """Writes the means of the losses since the last row as one row, with scores if it is `judged`."""
@@ -191,8 +205,11 @@ class Loop:
         }
         if judged:
             with self._aside():
-                row["evaluation"] = self.on_evaluate()
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+                row["evaluation"] = distributed.from_main(self.on_evaluate)
+        distributed.from_main(lambda: self._append(row))
         self.on_log(row)
         return " ".join(f"{k}={v:.3g}" for k, v in means.items())
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")

@@ -80,11 +80,15 @@ class FlatAdamW(torch.optim.AdamW):
         for p in self.parameters:
             p.data = p.data.clone()
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradient, a vector for each dtype."""
+        return [vector.grad for group in self.param_groups for vector in group["params"]]
+
     @torch.no_grad()
     def clip(self, largest: float) -> None:
         """Scales the gradient down to a Euclidean norm of `largest`, if it has more."""
-        gradients = [vector.grad for group in self.param_groups for vector in group["params"]]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).double() for g in gradients]))
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).double() for g in self.gradients]))
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for g in gradients:
+        for g in self.gradients:
             g.mul_(factor)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffgan_fast.engine import batch_norm, distributed
 from diffgan_fast.engine.config import TrainConfig
 from diffgan_fast.engine.optim import FlatAdamW
 
@@ -34,6 +35,7 @@ class State:
     ):
         self.nets, self.optimizers, self.config = nets, optimizers, config
         self.step = 0
+        self.exchange: Callable[[torch.Tensor], object] = lambda gradient: None  # with other processes: see `together`
         self._base_lr = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
         self._updates = dict.fromkeys(optimizers, 0)
         self.ema = {name: copy.deepcopy(nets[name]).eval().requires_grad_(False) for name in averaged if config.ema > 0}
@@ -53,6 +55,8 @@ class State:
         """
         optimizer, net = self.optimizers[name], self.nets[name]
         optimizer.backward(loss)
+        for gradient in optimizer.gradients:
+            self.exchange(gradient)
         if name in self.generating and self.config.clip_grad:
             optimizer.clip(self.config.clip_grad)
         scheduled = name in self.generating if scheduled is None else scheduled
@@ -90,6 +94,43 @@ class State:
     def sampling_net(self, name: str, ema: bool = True) -> nn.Module:
         """The network to sample from: the averaged copy if there is one and it is wanted."""
         return self.ema[name] if ema and name in self.ema else self.nets[name]
+
+
+@contextmanager
+def together(state: State, samples: int) -> Iterator[None]:
+    """A state that all processes train as one, each with `samples` of a batch: as one process does with all of them.
+
+    They begin with the main process's weights, gradients are averaged, and batch norm measures the whole batch.
+
+    Raises: ValueError for a network that compares samples which lie in different processes, or a batch norm that cannot
+        be shared.
+    """
+    if distributed.size() == 1:
+        yield
+        return
+    modules = [*state.nets.values(), *state.ema.values()]
+    told = distributed.from_main(lambda: [{k: v.cpu() for k, v in net.state_dict().items()} for net in modules])
+    for net, weights in zip(modules, told, strict=True):
+        net.load_state_dict(weights)
+    try:
+        for name, net in state.nets.items():
+            _check_groups(name, net, samples)
+            batch_norm.share(net)
+        state.exchange = distributed.mean
+        yield
+    finally:
+        state.exchange = lambda gradient: None
+        for net in state.nets.values():
+            batch_norm.unshare(net)
+
+
+def _check_groups(name: str, net: nn.Module, samples: int) -> None:
+    for layer in net.modules():
+        if samples % (group := getattr(layer, "sample_group", 1)):
+            raise ValueError(
+                f"batch_size must give each of {distributed.size()} processes a multiple of {group} samples, the group "
+                f"that network {name!r} compares; got {samples * distributed.size()}"
+            )
 
 
 @contextmanager

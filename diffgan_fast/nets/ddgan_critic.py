@@ -119,6 +119,8 @@ class DDGANCritic(nn.Module):
     Source: Xiao, Kreis and Vahdat 2022, §4 and App. C, and their code, whose initial weights have variance 1 / fan out.
     """
 
+    sample_group = GROUP  # several processes must each have whole groups
+
     def __init__(self, channels: int, size: int, *, T: int, preset: str | None = None, **changes):
         super().__init__()
         shape = replace(PRESETS[preset_for(size, preset, PRESETS, BY_SIZE)], **changes)
