@@ -7,7 +7,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
-from diffgan_fast.methods import ddpm, gan, gan_enhanced, guidance, method1, method2, method3, method4, method35
+from diffgan_fast.methods import (
+    ddpm,
+    diffusion_gan,
+    gan,
+    gan_enhanced,
+    guidance,
+    method1,
+    method2,
+    method3,
+    method4,
+    method35,
+)
 
 _KINDS: tuple[type[Method], ...] = (
     ddpm.DDPM,
@@ -19,10 +30,23 @@ _KINDS: tuple[type[Method], ...] = (
     guidance.DiscriminatorGuidance,
     gan_enhanced.GANEnhanced,
     gan.GAN,
+    diffusion_gan.DiffusionGAN,
 )
 _ALL = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["ddpm", "find", "gan", "gan_enhanced", "guidance", "method1", "method2", "method3", "method35", "method4"]
+__all__ = [
+    "ddpm",
+    "diffusion_gan",
+    "find",
+    "gan",
+    "gan_enhanced",
+    "guidance",
+    "method1",
+    "method2",
+    "method3",
+    "method35",
+    "method4",
+]
 
 
 def find(name: str) -> type[Method]:

@@ -16,6 +16,12 @@ def check_images(x: Tensor, channels: int, size: int) -> None:
         raise ValueError(f"x is {list(x.shape)}; it must be [N, {channels}, {size}, {size}]")
 
 
+def check_latents(z: Tensor, z_dim: int) -> None:
+    """Raises ValueError unless `z` is [N, z_dim]."""
+    if z.shape[1:] != (z_dim,):
+        raise ValueError(f"z is {list(z.shape)}; it must be [N, {z_dim}]")
+
+
 def check_labels(y: Tensor | None, num_classes: int) -> None:
     """Raises ValueError if labels are given to a network without classes."""
     if y is not None and not num_classes:

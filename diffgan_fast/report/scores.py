@@ -6,7 +6,7 @@ from .table import is_number
 
 SCORE_COLUMNS = {"metric": "metric", "value": "samples", "spread": "±", "floor": "real data"}
 
-_HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage"}
+_HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "modes", "high_quality"}
 _NOT_SCORES = {"n", "reference_n", "floor_n", "comparable", "step", "seed"}
 
 
