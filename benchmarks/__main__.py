@@ -1,6 +1,6 @@
-"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain|metrics`: measured in fresh processes.
+"""`python -m benchmarks random|noise|step|loss|penalty|training|points|chain|metrics|instance_noise`.
 
-Prints a table and saves it.
+Measured in fresh processes; prints a table and saves it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics")
-WHOLE = ("training", "points", "chain", "metrics")  # whole steps, measured in one process
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics",
+         "instance_noise")  # fmt: skip
+WHOLE = ("training", "points", "chain", "metrics", "instance_noise")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

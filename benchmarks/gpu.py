@@ -30,7 +30,7 @@ import torch
 from benchmarks import machine, report
 
 PYTHON = [sys.executable, "-m"]
-BENCHMARKS = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics")
+BENCHMARKS = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "metrics", "instance_noise")
 MAIN = {"1024x3x32x32", "128x1x28x28"}  # the shapes of the short table
 
 

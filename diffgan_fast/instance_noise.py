@@ -205,7 +205,8 @@ class AdaptiveDiffusion(nn.Module):
     def level(self, t: torch.Tensor) -> torch.Tensor:
         """sqrt(1 - abar_t) of the present schedule, in [0, 1): what a critic should be told of t [N] or [N, C]."""
         rows = self._tables.on(torch.empty(0, device=t.device))
-        return support.take(rows, self._row(t))[:, 1].reshape(t.shape)
+        row = self._row(t)
+        return (rows[row] if row.is_cpu else support.take(rows, row).view(*t.shape, 2))[..., 1]
 
     @torch.no_grad()
     def update(self, logits_real: torch.Tensor, key: int | torch.Tensor | None = None) -> None:
@@ -257,6 +258,7 @@ class AdaptiveDiffusion(nn.Module):
         """The rows of steps t in the tables; none where t is out of range."""
         if t.device.type == "cpu":
             support.check_range(t, 0, int(self.T))
+            return t + self.offset
         return torch.where((t < 0) | (t > self.T), -1, t + self.offset)
 
     def _key(self, key: int | torch.Tensor | None) -> int | torch.Tensor:

@@ -1,7 +1,22 @@
 """The studies of the source documents again: each trains, measures, and sets the result beside the published values."""
 
+from diffgan_fast.reproduce.diffusion_gan import diffusion_gan_table, reproduce_diffusion_gan
+from diffgan_fast.reproduce.gaussians import modes_table, reproduce_gaussians
 from diffgan_fast.reproduce.images import reproduce_table1, table1_folder
 from diffgan_fast.reproduce.images_page import gain_table, score_table
 from diffgan_fast.reproduce.points import kl_table, reproduce_2d
+from diffgan_fast.reproduce.toy import reproduce_toy
 
-__all__ = ["gain_table", "kl_table", "reproduce_2d", "reproduce_table1", "score_table", "table1_folder"]
+__all__ = [
+    "diffusion_gan_table",
+    "gain_table",
+    "kl_table",
+    "modes_table",
+    "reproduce_2d",
+    "reproduce_diffusion_gan",
+    "reproduce_gaussians",
+    "reproduce_table1",
+    "reproduce_toy",
+    "score_table",
+    "table1_folder",
+]
