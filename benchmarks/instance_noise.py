@@ -1,9 +1,9 @@
 """Diffusion-GAN's noiser against the reference's procedure, and its share of a training step.
 
 The reference, by the facts of the published code: t is chosen from the list of levels in NumPy and copied to the
-device, both coefficient tables are copied there in every call, gathered, and the noise is added in eager arithmetic. Both get
-the same list: the mix of the paper (32 of 64 slots are clean), or levels above 0 alone. Checked before timing: clean
-samples come back bit for bit, and the noise of all others has mean 0 and variance 1.
+device, both coefficient tables are copied there in every call, gathered, and the noise is added in eager arithmetic.
+Both get the same list: the mix of the paper (32 of 64 slots are clean), or levels above 0 alone. Checked before timing:
+clean samples come back bit for bit, and the noise of all others has mean 0 and variance 1.
 
 Floor in float32: 8 bytes an element (x read, y written); `copy` is the limit of what memory can do. The last case is a
 step of method `diffusion-gan` (DCGAN, batch 64, 32 px) beside the noiser's part of it: three calls, as many levels, and
