@@ -18,8 +18,9 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics", "ddgan")
-WHOLE = ("training", "points", "chain", "sampling", "metrics")  # whole steps, measured in one process
+NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics", "ddgan",
+         "instance_noise")  # fmt: skip
+WHOLE = ("training", "points", "chain", "sampling", "metrics", "instance_noise")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

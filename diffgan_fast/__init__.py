@@ -8,6 +8,7 @@ from diffgan_fast.backends import BackendError, backend, info
 from diffgan_fast.chain import denoise_chain
 from diffgan_fast.data import datasets
 from diffgan_fast.engine import TrainingError
+from diffgan_fast.instance_noise import AdaptiveDiffusion
 from diffgan_fast.run import Run, load
 from diffgan_fast.sampling import sample
 from diffgan_fast.schedule import Schedule
@@ -18,6 +19,7 @@ else:
     from diffgan_fast import methods
 
 __all__ = [
+    "AdaptiveDiffusion",
     "BackendError",
     "Run",
     "Schedule",

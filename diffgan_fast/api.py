@@ -249,8 +249,11 @@ def _resolve(method, data, preset, base, critic, model, generator, device, subse
     judge = load(critic, data=source, device=where) if isinstance(critic, str | Path) else critic
     dictated = _dictated(base, DENOISER_OPTIONS, "base")
     if isinstance(judge, Run):
-        if judge.method.name != "gan" or "critic_start" not in known_to(kind):
-            raise ValueError(f"critic must be a network for method {method!r}: a run of 'gan' suits methods 1 and 2")
+        suits = judge.method.name == "gan" and judge.method.kind == "dcgan"  # type: ignore[attr-defined]
+        if not suits or "critic_start" not in known_to(kind):
+            raise ValueError(
+                f"critic must be a network for method {method!r}: a run of 'gan' (DCGAN) suits methods 1 and 2"
+            )
         critic, dictated = None, dictated | _dictated(judge, ("critic_width",), "critic")
     else:
         judge = None
@@ -324,7 +327,7 @@ def _with_largest_batch(start: _Start, folder: Path, seed: int) -> Method:
 def _dictated(run: Run | None, names: Sequence[str], source: str) -> dict[str, tuple[Any, str]]:
     """The options that a run to start from leaves no choice in: name -> (value, what the run is here)."""
     config = {} if run is None else run.method.config.to_dict()
-    return {name: (config[name], source) for name in names if name in config}
+    return {name: (config[name], source) for name in names if config.get(name) is not None}
 
 
 def _selection(start: _Start) -> Selection:
@@ -370,7 +373,7 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         # a run may be made longer where that does not change its learning rates, and logged otherwise
         free = {"log_every", "sample_every", "checkpoint_every", "keep", "versions", "config"}
         if settings["config"]["lr_schedule"] == "constant":
-            free.add("steps")
+            free |= {"steps", "kimg"}
         ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, stored))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:

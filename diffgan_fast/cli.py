@@ -337,6 +337,65 @@ def reproduce_ddgan(
     typer.echo(f"report: {out / data / 'report.html'}")
 
 
+@reproduce_app.command(name="toy")
+def reproduce_toy(
+    out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-toy"),
+    sigma: Annotated[float, typer.Option(help="scale of the noise")] = 1.0,
+    n: Annotated[int, typer.Option(help="samples of each kind")] = 100_000,
+    seed: Seed = 0,
+) -> None:
+    """The toy example of "Diffusion-GAN": divergence and optimal critic under noise, beside noised samples."""
+    from diffgan_fast import reproduce
+
+    rows = reproduce.reproduce_toy(out, sigma=sigma, n=n, seed=seed)
+    typer.echo(report.table(rows, {name: name for name in rows[0]}))
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@reproduce_app.command(name="gaussians")
+def reproduce_gaussians(
+    out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-gaussians"),
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 5,
+    steps: Annotated[int | None, typer.Option(help="training steps [default: the study's]")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a plain GAN and Diffusion-GAN on 25 Gaussians, and count the modes that they capture."""
+    from diffgan_fast import reproduce
+
+    options: dict[str, Any] = {"steps": steps} if steps else {}
+    with _resumable():
+        results = reproduce.reproduce_gaussians(out, seeds=seeds, device=device, **options)
+    typer.echo(report.table(*reproduce.modes_table(results)))
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@reproduce_app.command(name="diffusion-gan")
+def reproduce_diffusion_gan(
+    out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-diffusion-gan"),
+    data: Annotated[str, typer.Option(help="data set of images by name", metavar="NAME")] = "digits",
+    network: Annotated[
+        list[str] | None, typer.Option(help="dcgan or sngan, may be given often [default: both]")
+    ] = None,
+    config: Annotated[list[str] | None, typer.Option(help="configuration, may be given often [default: all]")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
+    n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
+    kimg: Annotated[float, typer.Option(help="thousands of images that each is trained on")] = 128.0,
+    subset: Annotated[int | None, typer.Option(help="train on so many images, a fixed choice")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train GANs of images with and without diffusion, in the paper's configurations, and compare them."""
+    from diffgan_fast import reproduce
+
+    given: dict[str, Any] = {"networks": network, "configs": config, "subset": subset}
+    options = {name: value for name, value in given.items() if value}
+    with _resumable():
+        results = reproduce.reproduce_diffusion_gan(
+            out, data=data, seeds=seeds, n=n, kimg=kimg, device=device, **options
+        )
+    typer.echo(report.table(*reproduce.diffusion_gan_table(results)))
+    typer.echo(f"report: {out / data / 'report.html'}")
+
+
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Ctrl-C ends a study with a word on how to go on."""

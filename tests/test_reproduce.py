@@ -1,13 +1,16 @@
 """The studies in small: few steps, few noise levels, few samples."""
 
 import json
+import math
 import re
 
 import pytest
+import torch
+from scipy import integrate
 
 import diffgan_fast as dgf
 from diffgan_fast import cli, report, reproduce
-from diffgan_fast.reproduce import images, images_page, points
+from diffgan_fast.reproduce import diffusion_gan, gaussians, images, images_page, points, toy
 from diffgan_fast.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule leaves")
@@ -269,3 +272,157 @@ def test_the_command_of_table_1_passes_its_flags_on(monkeypatch, capsys, tmp_pat
         cli.main(["reproduce", "table1", "--out", str(tmp_path), *flags, str(tmp_path)])
     text = capsys.readouterr().out
     assert not stop.value.code and "+0.0000" in text and "0.0200" in text and "mnist-conditional/report.html" in text
+
+
+@pytest.fixture(scope="module")
+def toy_example(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    return out, reproduce.reproduce_toy(out, times=(0, 200, 800), n=20_000)
+
+
+def test_the_toys_divergence_is_the_integral():
+    for delta, js in ((0.5, 0.0303113), (1, 0.1114215), (2, 0.3368308), (4, 0.6327202)):
+        assert toy.js_divergence(delta) == pytest.approx(js, abs=5e-8)
+        assert toy.js_divergence(-delta) == pytest.approx(js, abs=5e-8)
+    assert toy.js_divergence(0) == pytest.approx(0, abs=1e-15) and toy.js_divergence(30) == pytest.approx(math.log(2))
+
+    def density(y, mean):
+        return math.exp(-((y - mean) ** 2) / 2) / math.sqrt(2 * math.pi)
+
+    def integrand(y):
+        p, q = density(y, 0), density(y, 1.5)
+        return 0.5 * p * math.log(2 * p / (p + q)) + 0.5 * q * math.log(2 * q / (p + q))
+
+    assert toy.js_divergence(1.5) == pytest.approx(integrate.quad(integrand, -10, 11)[0], abs=1e-9)
+
+
+def test_noised_samples_agree_with_theory(toy_example):
+    out, rows = toy_example
+    assert [(row["t"], row["theta"]) for row in rows] == [(t, x) for t in (200, 800) for x in (1.0, 2.0, 4.0)]
+    for row in rows:
+        abar = {200: 0.6590385, 800: 0.00153209}[row["t"]]
+        assert row["js"] == pytest.approx(toy.js_divergence((abar / (1 - abar)) ** 0.5 * row["theta"]), rel=1e-5)
+        assert abs(row["sampled"] - row["js"]) < 4 * row["error"] and row["critic"] < 0.02
+    html = (out / "report.html").read_text()
+    assert "Figure 2" in html and len(re.findall('src="data:image/svg', html)) == 2
+    with pytest.raises(ValueError, match=r"times in 0..1000; got 1.0, 100000, 2000"):
+        reproduce.reproduce_toy(out, times=(2000,))
+
+
+def test_the_optimal_critic_is_the_ratio_of_densities():
+    a, b, theta, y = 0.7, 0.4, 2.0, torch.linspace(-3, 4, 9, dtype=torch.float64)
+    p, q = (torch.exp(-((y - mean) ** 2) / (2 * b)) for mean in (0, a * theta))
+    torch.testing.assert_close(torch.sigmoid(toy.optimal_logit(y, a, b, theta)), p / (p + q))
+
+
+@pytest.fixture(scope="module")
+def gaussian_study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gaussians")
+    options = dict(steps=4, batch_size=16, log_every=2, subset=2000, progress=False)
+    return out, options, reproduce.reproduce_gaussians(out, seeds=2, n=200, **options)
+
+
+def test_both_arms_of_the_gaussians_have_equal_terms(gaussian_study):
+    out, _, results = gaussian_study
+    assert {arm: len(seeds) for arm, seeds in results.items()} == {"gan": 2, "diffusion-gan": 2}
+    settings, sizes = [], []
+    for arm in results:
+        run = dgf.load(out / arm / "seed-1")
+        settings.append(run.method.config.to_dict())
+        sizes.append({name: sum(p.numel() for p in run.state[name].parameters()) for name in ("generator", "critic")})
+    assert sizes[0] == sizes[1]
+    assert all(settings[0][k] == settings[1][k] for k in settings[0])
+    for seed in results["gan"]:
+        assert 0 <= seed["modes"] <= 25 and seed["high_quality_real"] == pytest.approx(0.989, abs=0.03)
+    html = (out / "report.html").read_text()
+    assert "Missed: " in html and "Largest noise level T" in html and "Figure 5" in html
+
+
+def test_complete_gaussians_are_reused_and_arms_stay_comparable(gaussian_study, monkeypatch):
+    out, options, results = gaussian_study
+    monkeypatch.setattr(Run, "evaluate", None)
+    monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
+    assert reproduce.reproduce_gaussians(out, seeds=1, n=200, **options) == {k: v[:1] for k, v in results.items()}
+    with pytest.raises(ValueError, match="sigma: not of both arms"):
+        reproduce.reproduce_gaussians(out, sigma=1.0)
+
+
+def test_the_worst_seed_decides():
+    def seed(modes, share, seconds=60.0):
+        return dict(modes=modes, high_quality=share, seconds=seconds, modes_real=25, high_quality_real=0.989)
+
+    good = [seed(25, 0.95), seed(25, 0.9)]
+    assert "Met: 25 modes, 90.0%, 60.0 s" in gaussians.verdict({"gan": good, "diffusion-gan": good})
+    for bad in (seed(24, 0.95), seed(25, 0.89), seed(25, 0.95, 121.0)):
+        assert "Missed: " in gaussians.verdict({"gan": good, "diffusion-gan": [*good, bad]})
+    rows, columns = reproduce.modes_table({"gan": [seed(7, 0.5), seed(9, 0.7)], "diffusion-gan": good})
+    text = report.table(rows, columns)
+    assert "7, 9" in text and "60.0 ± 14.1" in text and "50.0%" in text and "real data" in text
+
+
+@pytest.fixture(scope="module")
+def gan_study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("images")
+    study = dict(networks="dcgan", n=40, kimg=0.032, width=4, critic_width=4, batch_size=8, log_every=1, subset=300)
+    return out, study | {"progress": False}, reproduce.reproduce_diffusion_gan(out, seeds=2, **study, progress=False)
+
+
+def test_every_gan_of_images_is_measured(gan_study):
+    out, _, results = gan_study
+    assert list(results) == [("dcgan", config) for config in diffusion_gan.CONFIGS]
+    for (network, config), seeds in results.items():
+        stored = json.loads((out / "digits" / network / config / "seed-1" / "config.json").read_text())
+        assert stored["config"]["steps"] == 4 and stored["config"]["ema"] == 0.999 and stored["subset"] == 300
+        assert len(seeds) == 2 and seeds[0]["fid"] != seeds[1]["fid"]
+    last = {config: results["dcgan", config][0]["T"] for config in diffusion_gan.CONFIGS}
+    assert last["gan"] == 0 and last["fixed-T"] == 500 and last["diffusion-gan"] in (5, 6)
+    html = (out / "digits" / "report.html").read_text()
+    assert "dcgan: training, seed 0 (Figure 4)" in html and "Table 7" in html and "never with published ones" in html
+    assert reproduce.diffusion_gan_table(results)[0][-1]["network"] == "real data"
+
+
+def test_complete_gans_are_reused_and_terms_are_fixed(gan_study, monkeypatch):
+    out, study, results = gan_study
+    monkeypatch.setattr(Run, "evaluate", None)
+    monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
+    seen = reproduce.reproduce_diffusion_gan(out, seeds=1, **{**study, "configs": "priority"})
+    assert seen == {("dcgan", "priority"): results["dcgan", "priority"][:1]}
+    for arguments, message in (
+        (dict(data="moons"), "data must be of digits"),
+        (dict(networks="unet"), "networks must be of dcgan, sngan; got unet"),
+        (dict(configs=()), "configs must be of gan, diffusion-gan, .*; got none"),
+        (dict(steps=3, T_max=9), "T_max, steps: set by the study itself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reproduce.reproduce_diffusion_gan(out, **arguments)
+
+
+def test_the_commands_of_diffusion_gan(monkeypatch, capsys, tmp_path):
+    seen = {}
+
+    def study(name, result):
+        def run(out, **given):
+            seen[name] = given
+            return result
+
+        monkeypatch.setattr(reproduce, name, run)
+
+    outcome = dict(modes=25, high_quality=0.9, modes_real=25, high_quality_real=0.989, seconds=3.0)
+    study("reproduce_gaussians", {"gan": [outcome]})
+    scores = {k: 1.0 for k in ("fid", "kid", "recall", "fid_floor", "kid_floor", "recall_real", "seconds", "T")}
+    study("reproduce_diffusion_gan", {("dcgan", "gan"): [scores]})
+    study("reproduce_toy", [{"t": 200, "js": 0.5}])
+    for arguments, expected in (
+        ("gaussians --seeds 2 --steps 9 --device cpu", dict(seeds=2, steps=9, device="cpu")),
+        ("toy --n 50 --sigma 0.5 --seed 4", dict(n=50, sigma=0.5, seed=4)),
+        (
+            "diffusion-gan --network dcgan --config gan --kimg 2 --subset 50 --device cpu",
+            dict(
+                data="digits", networks=["dcgan"], configs=["gan"], seeds=3, n=2000, kimg=2.0, subset=50, device="cpu"
+            ),
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["reproduce", *arguments.split(), "--out", str(tmp_path)])
+        assert not stop.value.code and "report.html" in capsys.readouterr().out
+        assert seen["reproduce_" + arguments.split()[0].replace("-", "_")] == expected

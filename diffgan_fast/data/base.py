@@ -26,6 +26,14 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """The Gaussians that points are a mixture of: centres float64 ``[K, D]``, and their standard deviation."""
+
+    centres: Tensor
+    std: float
+
+
 def _select(values: Tensor, index) -> Tensor:
     if isinstance(index, slice):
         return values[index]
@@ -179,6 +187,7 @@ class FloatData(Data):
         labels: int64 ``[N]``, or None.
         classes: a name for each class, or ().
         name: what the data set is called.
+        modes: the Gaussians that points are a mixture of, where they are known.
 
     Raises:
         ValueError: an argument has another type, shape or range, a value is not finite, or there is none.
@@ -188,6 +197,7 @@ class FloatData(Data):
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     name: str = "data"
+    modes: Modes | None = None
 
     def __post_init__(self):
         if self.values.dtype != torch.float32 or self.values.ndim not in (2, 4):
@@ -203,3 +213,6 @@ class FloatData(Data):
 
     def batch(self, index) -> Tensor:
         return _select(self.values, index)
+
+    def _with(self, values: Tensor, labels: Tensor | None) -> Data:
+        return FloatData(values, labels, self.classes, self.name, self.modes)

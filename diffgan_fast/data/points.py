@@ -1,4 +1,5 @@
-"""Points in the plane: the four data sets of the source document's 2-D study, as its code makes them, and a true ring.
+"""Points in the plane: the four data sets of the source document's 2-D study, as its code makes them, a true ring, and
+25 Gaussians.
 
 Source: "GAN-Enhanced Diffusion: Boosting Sample Quality and Diversity"; the formulas are those of tiny-diffusion
 (https://github.com/tanelp/tiny-diffusion), which its code took over. Each maker draws float64 ``[n, 2]`` from a seed,
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .base import FloatData
+from .base import FloatData, Modes
 
+GRID_STD = 0.05
 DRAWS = {"train": (100_000, 42), "test": (10_000, 43)}  # split -> points, seed; the source has no test split
+GRID = np.array([(x, y) for x in (-4.0, -2.0, 0.0, 2.0, 4.0) for y in (-4.0, -2.0, 0.0, 2.0, 4.0)])
 DINO = Path(__file__).with_name("dino.csv")
 
 
@@ -30,6 +33,11 @@ def _dino(n: int, seed: int) -> np.ndarray:
     x, y = centres[rng.integers(0, len(centres), n)].T
     x, y = x + 0.15 * rng.normal(size=n), y + 0.15 * rng.normal(size=n)
     return 4 * np.stack((x / 54 - 1, y / 48 - 1), 1)
+
+
+def _gaussians25(n: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return GRID[rng.integers(0, len(GRID), n)] + rng.normal(0, GRID_STD, (n, 2))
 
 
 def _line(n: int, seed: int) -> np.ndarray:
@@ -55,10 +63,11 @@ def _ring(n: int, seed: int) -> np.ndarray:
     return np.stack((radius * np.cos(angle), radius * np.sin(angle)), 1)
 
 
-_MAKERS = {"circle": _circle, "dino": _dino, "line": _line, "moons": _moons, "ring": _ring}
+_MAKERS = {"circle": _circle, "dino": _dino, "gaussians25": _gaussians25, "line": _line, "moons": _moons, "ring": _ring}
 POINTS = {  # name -> one line of help
     "circle": "2-D points: 16 blobs at radius 3 and one at the origin, not a circle (see ring)",
     "dino": "2-D points: 142 tiny blobs that draw the Datasaurus",
+    "gaussians25": "2-D points: 25 Gaussians of standard deviation 0.05 on a 5 x 5 grid of spacing 2 (Diffusion-GAN)",
     "line": "2-D points: uniform in a rectangle of 4 x 8, not a line",
     "moons": "2-D points: two interleaved half circles with a little noise",
     "ring": "2-D points: a true ring, angle uniform, radius 3 with standard deviation 0.05",
@@ -72,4 +81,5 @@ def make_points(name: str, split: str) -> FloatData:
         name: a key of :data:`POINTS`.
         split: "train" (seed 42, as in the source) or "test" (fresh points of the same law, seed 43).
     """
-    return FloatData(torch.from_numpy(_MAKERS[name](*DRAWS[split]).astype(np.float32)), name=name)
+    modes = Modes(torch.from_numpy(GRID), GRID_STD) if name == "gaussians25" else None
+    return FloatData(torch.from_numpy(_MAKERS[name](*DRAWS[split]).astype(np.float32)), name=name, modes=modes)

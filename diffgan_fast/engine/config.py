@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class TrainConfig:
     """What every method has."""
 
     steps: int = option(2000, "training steps", low=0)
+    kimg: float | None = option(None, "thousands of samples to train on, in place of steps", low=0)
     batch_size: int = option(128, "samples a step", low=1)
     lr: float = option(2e-4, "learning rate of the generating network", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
@@ -57,6 +59,8 @@ class TrainConfig:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             setattr(self, f.name, _checked(f, hints[f.name], getattr(self, f.name)))
+        if self.kimg is not None:
+            self.steps = math.ceil(1000 * self.kimg / self.batch_size)
 
     @classmethod
     def make(cls, preset: str | None = None, **options: Any):
@@ -70,7 +74,12 @@ class TrainConfig:
                 close = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"unknown option {name!r}{hint} (there are: {', '.join(names)})")
-        return cls(**{**cls.PRESETS.get(preset or "", {}), **options})
+        chosen = dict(cls.PRESETS.get(preset or "", {}))
+        if "steps" in options and options.get("kimg") is not None:
+            raise ValueError(f"steps must not be given with kimg; got {options['steps']} and {options['kimg']}")
+        if "steps" in options:
+            chosen.pop("kimg", None)
+        return cls(**{**chosen, **options})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -7,7 +7,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffgan_fast.engine import Method
-from diffgan_fast.methods import ddgan, ddpm, gan, gan_enhanced, guidance, method1, method2, method3, method4, method35
+from diffgan_fast.methods import (
+    ddgan,
+    ddpm,
+    diffusion_gan,
+    gan,
+    gan_enhanced,
+    guidance,
+    method1,
+    method2,
+    method3,
+    method4,
+    method35,
+)
 
 _KINDS: tuple[type[Method], ...] = (
     ddpm.DDPM,
@@ -20,12 +32,14 @@ _KINDS: tuple[type[Method], ...] = (
     gan_enhanced.GANEnhanced,
     gan.GAN,
     ddgan.DDGAN,
+    diffusion_gan.DiffusionGAN,
 )
 _ALL = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
     "ddgan",
     "ddpm",
+    "diffusion_gan",
     "find",
     "gan",
     "gan_enhanced",

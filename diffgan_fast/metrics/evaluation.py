@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from ..data import Data
+from ..data.base import Modes
 from .checks import float64
 from .extraction import BATCH, Extracted, describe, extract, features_of
 from .extractors import find_extractor
 from .frechet import Moments, fid, fid_infinity
 from .kernel import mean_kernel_within, mmd2
 from .knn import RealPoints
-from .modes import inception_score
+from .modes import inception_score, mode_coverage
 from .neighbours import prdc
 
-HIGHER_IS_BETTER = frozenset(("is", "precision", "recall", "density", "coverage"))  # of the rest lower is
+HIGHER_IS_BETTER = frozenset(
+    ("is", "precision", "recall", "density", "coverage", "modes", "high_quality")
+)  # else lower is
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
+MODE_RADIUS, LEAST_OF_MODE = 3, 20  # standard deviations that count as near, and samples that make a mode covered
 
 
 class SmallSampleWarning(UserWarning):
@@ -33,8 +37,8 @@ class SmallSampleWarning(UserWarning):
 class _Reference:
     """Real samples, and what of them alone a metric needs: computed once, whatever is measured against them."""
 
-    def __init__(self, real: Extracted):
-        self.real = real
+    def __init__(self, real: Extracted, modes: Modes | None = None):
+        self.real, self.modes = real, modes
 
     @cached_property
     def moments(self) -> Moments:
@@ -84,11 +88,19 @@ def _kl(reference: _Reference, fake: Extracted) -> dict[str, float]:
     return {"kl": reference.points.kl(float64(fake.features).cpu().numpy())}
 
 
+def _modes(reference: _Reference, fake: Extracted) -> dict[str, float]:
+    assert reference.modes is not None  # else the metric does not fit the data
+    radius = MODE_RADIUS * reference.modes.std
+    found, near = mode_coverage(fake.features, reference.modes.centres, radius, least=LEAST_OF_MODE)
+    return {"modes": found, "high_quality": near}
+
+
 @dataclass(frozen=True)
 class _Metric:
     """score: gives this metric, and others of the same pass over the features.
 
     floor: name of the value that real data get in place of the samples. published_on: the features of published values.
+    needs_modes: it measures points whose modes are known.
     """
 
     label: str
@@ -98,6 +110,7 @@ class _Metric:
     published_on: str | None = "inception"  # None: it measures points
     needs_logits: bool = False
     default: bool = True
+    needs_modes: bool = False
 
     @property
     def points(self) -> bool:
@@ -133,12 +146,25 @@ _METRICS = {
         "kl_floor",
         published_on=None,
     ),
+    "modes": _Metric(
+        "modes", "points of known modes: how many have 20 samples within 3 standard deviations; higher is better",
+        _modes, "modes_real", published_on=None, needs_modes=True,
+    ),
+    "high_quality": _Metric(
+        "high quality", "points of known modes: share of samples within 3 standard deviations of one; higher is better",
+        _modes, "high_quality_real", published_on=None, needs_modes=True,
+    ),
 }  # fmt: skip
 
 
 def available(data: Data | None = None) -> dict[str, str]:
     """The metrics that :func:`evaluate` knows, or those for this kind of data: name -> one line of help."""
-    return {name: m.help for name, m in _METRICS.items() if data is None or m.points == data.points}
+    known = getattr(data, "modes", None) is not None
+    return {
+        name: m.help
+        for name, m in _METRICS.items()
+        if data is None or m.points == data.points and (known or not m.needs_modes)
+    }
 
 
 def label(metric: str, extractor=None) -> str:
@@ -228,7 +254,7 @@ def _floor_pair(held_out: Data | None, reference: _Reference, n: int, extract) -
         return reference, extract(held_out.subset(min(n, len(held_out))))
     order = _order(len(reference.real))
     half = len(order) // 2
-    return _Reference(reference.real.part(order[half:])), reference.real.part(order[: min(n, half)])
+    return _Reference(reference.real.part(order[half:]), reference.modes), reference.real.part(order[: min(n, half)])
 
 
 def evaluate(
@@ -296,7 +322,7 @@ def evaluate(
         fake = extract(extractor, samples.split(BATCH), len(samples))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
-    reference = _Reference(extract_from(data))
+    reference = _Reference(extract_from(data), getattr(data, "modes", None))
     floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
     scores, floors = _scores(metrics, reference, fake), _scores(metrics, floor_reference, floor)
     result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), "floor_n": len(floor)}

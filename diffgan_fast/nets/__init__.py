@@ -1,13 +1,15 @@
 """Networks: denoisers `model(x, t, y=None) -> ε̂`, critics `critic(x, …) -> logits`, generators."""
 
 from .adapters import from_diffusers
+from .conditioning import LevelCritic, LevelEmbedding
 from .critic import Critic, is_main_of_join
 from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
 from .ddgan import DDGANGenerator
 from .ddgan_critic import DDGANCritic
 from .embedding import sinusoidal
 from .macs import macs
-from .mlp import DDGANPointGenerator, MLPCritic, MLPDenoiser
+from .mlp import DDGANPointGenerator, MLPCritic, MLPDenoiser, MLPGenerator
+from .sngan import SNGANCritic, SNGANGenerator
 from .student import StudentUNet
 from .unet import UNet
 from .weights import load_weights
@@ -19,8 +21,13 @@ __all__ = [
     "DDGANCritic",
     "DDGANGenerator",
     "DDGANPointGenerator",
+    "LevelCritic",
+    "LevelEmbedding",
     "MLPCritic",
     "MLPDenoiser",
+    "MLPGenerator",
+    "SNGANCritic",
+    "SNGANGenerator",
     "StudentUNet",
     "UNet",
     "from_diffusers",

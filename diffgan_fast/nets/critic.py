@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .embedding import time_fraction
 
-INPUTS = (("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t"))
+INPUTS = (("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t"), ("x", "level"))
 
 
 def is_main_of_join(forward):
@@ -21,8 +21,9 @@ class Critic(nn.Module):
     x in the first channels of what `main` sees, `ops.gradient_penalty` can take `main` in closed form.
 
     Args:
-        inputs: ("x",), ("x", "t"), ("x", "x_t") or ("x", "x_t", "t"): what is concatenated along the channels, in this
-            order: "x", what is judged; "x_t", another of the same shape; "t", one constant channel (t - 1) / T.
+        inputs: ("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t") or ("x", "level"): what is concatenated along the
+            channels, in this order: "x", what is judged; "x_t", another of the same shape; "t", one constant channel
+            (t - 1) / T; "level", one constant channel, the noise level in [0, 1] (see `AdaptiveDiffusion.level`).
         T: the number of time steps, needed where `inputs` has "t".
 
     Raises:
@@ -30,6 +31,7 @@ class Critic(nn.Module):
     """
 
     main: nn.Sequential
+    features: int  # numbers a sample that the last layer of `main` judges
 
     def __init__(self, inputs: tuple[str, ...], T: int | None):
         super().__init__()
@@ -41,11 +43,13 @@ class Critic(nn.Module):
 
     def joined(self, channels: int) -> int:
         """The channels that `main` sees where x has `channels`."""
-        return channels * (1 + ("x_t" in self.inputs)) + ("t" in self.inputs)
+        return channels * (1 + ("x_t" in self.inputs)) + ("t" in self.inputs) + ("level" in self.inputs)
 
-    def join(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
+    def join(
+        self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
         """What `main` sees: `x` and whatever else `inputs` names, concatenated along the channels."""
-        for name, given in (("t", t), ("x_t", x_t)):
+        for name, given in (("t", t), ("x_t", x_t), ("level", level)):
             if name in self.inputs and given is None:
                 raise ValueError(f"{name} is None; it must be given to a critic with inputs={self.inputs}")
         if self.inputs == ("x",):
@@ -56,6 +60,13 @@ class Critic(nn.Module):
             parts.append(x_t)
         if "t" in self.inputs:
             assert t is not None and self.T is not None  # checked above, and when the critic was made
-            level = time_fraction(t, self.T, x.dtype).view(-1, *[1] * (x.dim() - 1))
-            parts.append(level.expand(-1, 1, *x.shape[2:]))
+            parts.append(_plane(time_fraction(t, self.T, x.dtype), x))
+        if "level" in self.inputs:
+            assert level is not None  # checked above
+            parts.append(_plane(level.to(x.dtype), x))
         return torch.cat(parts, dim=1)
+
+
+def _plane(values: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, [N], as a channel of x."""
+    return values.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])

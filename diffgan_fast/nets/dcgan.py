@@ -75,6 +75,7 @@ class DCGANCritic(Critic):
             for _ in range(depth - 1):
                 layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), *_norm(norm, out), nn.LeakyReLU(0.2)]
             here, out, size = out, min(2 * out, 8 * width), size // 2
+        self.features = here * size**2
         kernel, padding = (2, 0) if size == 2 else (4, 1)
         layers.append(nn.Conv2d(here, 1, kernel, stride=2, padding=padding, bias=False))
         self.main = nn.Sequential(*layers)
@@ -82,13 +83,16 @@ class DCGANCritic(Critic):
             init_dcgan(self)
 
     @is_main_of_join
-    def forward(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
         """The logits, high where the critic believes that `x` is real.
 
         Args:
             x: [N, channels, size, size].
             t: [N] int64, 1 … T; used if `inputs` has "t".
             x_t: [N, channels, size, size]; used if `inputs` has "x_t".
+            level: [N], noise levels in [0, 1]; used if `inputs` has "level".
 
         Returns:
             [N].
@@ -97,7 +101,7 @@ class DCGANCritic(Critic):
             ValueError: `x` has another shape, or what `inputs` names is missing.
         """
         check_images(x, self.channels, self.size)
-        return self.main(self.join(x, t, x_t)).flatten()
+        return self.main(self.join(x, t, x_t, level)).flatten()
 
 
 class DCGANGenerator(nn.Module):

@@ -13,6 +13,7 @@ from .embedding import sinusoidal
 
 EMBEDDING = 128  # numbers that each coordinate and the time become
 SCALE = 25.0  # of the coordinates in their embedding
+SLOPE = 0.2  # of the generator's LeakyReLU
 
 
 def _check_points(x: Tensor, dim: int) -> None:
@@ -125,7 +126,7 @@ class DDGANPointGenerator(nn.Module):
 
 
 class MLPCritic(Critic):
-    """A critic of points: a ReLU MLP with one logit a point.
+    """A critic of points: an MLP with one logit a point.
 
     With dim 2 and hidden 256: 132,609 / 198,401 / 329,985 parameters for 3 / 4 / 6 layers.
 
@@ -133,12 +134,14 @@ class MLPCritic(Critic):
         dim: coordinates of a point.
         hidden: width of the layers.
         layers: hidden layers, at least 1.
+        slope: of the activation below 0: 0 is a ReLU, else a LeakyReLU.
         inputs, T: as for `Critic`.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Source: "GAN-Enhanced Diffusion" and its code.
+    Source: "GAN-Enhanced Diffusion" and its code; with slope 0.2, two layers and width 128 the critic of points of
+    Wang et al. 2023, "Diffusion-GAN".
     """
 
     def __init__(
@@ -147,27 +150,26 @@ class MLPCritic(Critic):
         hidden: int = 256,
         layers: int = 3,
         *,
+        slope: float = 0.0,
         inputs: tuple[str, ...] = ("x",),
         T: int | None = None,
     ):
         super().__init__(inputs, T)
         check_at_least(1, dim=dim, hidden=hidden, layers=layers)
-        self.dim = dim
-        stack: list[nn.Module] = []
-        here = self.joined(dim)
-        for _ in range(layers):
-            stack += [nn.Linear(here, hidden), nn.ReLU()]
-            here = hidden
-        self.main = nn.Sequential(*stack, nn.Linear(here, 1))
+        self.dim, self.slope, self.features = dim, slope, hidden
+        self.main = _stack(self.joined(dim), hidden, layers, 1, slope)
 
     @is_main_of_join
-    def forward(self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
         """The logits, high where the critic believes that `x` is real.
 
         Args:
             x: [N, dim].
             t: [N] int64, 1 … T; used if `inputs` has "t".
             x_t: [N, dim]; used if `inputs` has "x_t".
+            level: [N], noise levels in [0, 1]; used if `inputs` has "level".
 
         Returns:
             [N].
@@ -176,4 +178,40 @@ class MLPCritic(Critic):
             ValueError: `x` has another shape, or what `inputs` names is missing.
         """
         _check_points(x, self.dim)
-        return mlp(self.join(x, t, x_t), *_parameters(self.main)).flatten()
+        return mlp(self.join(x, t, x_t, level), *_parameters(self.main), slope=self.slope).flatten()
+
+
+class MLPGenerator(nn.Module):
+    """A generator of points: an MLP with LeakyReLU 0.2, z -> x.
+
+    Args:
+        dim: coordinates of a point.
+        z_dim: length of z.
+        hidden: width of the layers.
+        layers: hidden layers, at least 1.
+
+    Raises:
+        ValueError: an argument is below 1.
+
+    Source: Wang et al. 2023, "Diffusion-GAN", §4.2: two layers of 128.
+    """
+
+    def __init__(self, dim: int = 2, *, z_dim: int = 100, hidden: int = 128, layers: int = 2):
+        super().__init__()
+        check_at_least(1, dim=dim, z_dim=z_dim, hidden=hidden, layers=layers)
+        self.z_dim = z_dim
+        self.main = _stack(z_dim, hidden, layers, dim, SLOPE)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Points [N, dim] from latents z [N, z_dim], standard normal. ValueError if `z` has another shape."""
+        check_latents(z, self.z_dim)
+        return mlp(z, *_parameters(self.main), slope=SLOPE)
+
+
+def _stack(dim: int, hidden: int, layers: int, out: int, slope: float) -> nn.Sequential:
+    """Linear layers with activations between."""
+    stack: list[nn.Module] = []
+    for _ in range(layers):
+        stack += [nn.Linear(dim, hidden), nn.LeakyReLU(slope) if slope else nn.ReLU()]
+        dim = hidden
+    return nn.Sequential(*stack, nn.Linear(dim, out))

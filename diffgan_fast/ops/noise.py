@@ -196,11 +196,44 @@ def add_noise(
         wide = x0.to(rows.dtype)
         out = torch.where(s == 0, a * wide, a * wide + s * sigma * noise).to(x0.dtype)
         return (out, noise) if return_noise else out
-    first = support.first_element(first_sample, x0)
-    key, key_t = support.key_arguments(key, x0.device, x0.shape[0], first)
-    args = (rows, steps, row, sigma, key, key_t, first, return_noise)
-    out, eps = (_add_noise if support.needs_autograd(x0) else _AddNoise.forward)(x0, schedule.T, args)
+    out, eps = _noised(x0, rows, row, steps, key, sigma, first_sample, return_noise)
     return (out, eps) if return_noise else out
+
+
+def affine_noise(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    t: int | torch.Tensor,
+    key: int | torch.Tensor,
+    *,
+    sigma: float = 1.0,
+    first_sample: int = 0,
+) -> torch.Tensor:
+    """rows[t, 0] x + rows[t, 1] sigma eps: `add_noise` with coefficients of one's own, such as those of many schedules.
+
+    Args:
+        x, key, sigma, first_sample: as for `add_noise`.
+        rows: [R, 2] on x's device, float64 for float64 data, else float32. Constant for gradients.
+        t: number of a row: int, or int64 [N] or [N, C], in 0..R-1. A row (1, 0) gives x back, bit for bit.
+
+    Returns, gradients, raises: as `add_noise`.
+    """
+    x = support.dense(x, "x")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if rows.dim() != 2 or rows.shape[1] != 2 or rows.dtype != wide or rows.device != x.device:
+        raise ValueError(
+            f"rows must be {wide} [R, 2] on {x.device}, got {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    row, steps = support.t_arguments(t, x, 0, len(rows) - 1)
+    return _noised(x, rows.contiguous(), row, steps, key, sigma, first_sample, False)[0]
+
+
+def _noised(x, rows, row, steps, key, sigma, first_sample, return_noise):
+    """(out, the noise if it is wanted): the arguments of the public ops, brought to the raw one."""
+    first = support.first_element(first_sample, x)
+    key, key_t = support.key_arguments(key, x.device, x.shape[0], first)
+    args = (rows, steps, row, sigma, key, key_t, first, return_noise)
+    return (_add_noise if support.needs_autograd(x) else _AddNoise.forward)(x, len(rows) - 1, args)
 
 
 def noise_pair(

@@ -3,7 +3,7 @@
 from .comparison import write_comparison
 from .html import page, picture
 from .images import grid, save_grid, strip
-from .plots import curves, levels, tradeoff
+from .plots import curves, functions, levels, tradeoff
 from .points import panels, scatter
 from .run import write_run
 from .scores import SCORE_COLUMNS, compared, recognisable_digits, score_notes, score_rows
@@ -13,6 +13,7 @@ __all__ = [
     "SCORE_COLUMNS",
     "compared",
     "curves",
+    "functions",
     "grid",
     "html_table",
     "levels",

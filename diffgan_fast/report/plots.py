@@ -73,7 +73,7 @@ def _bytes(figure: Figure, format: Format) -> bytes:
     return buffer.getvalue()
 
 
-def _plot(rows, keys, x: str, title: str, y_label: str | None, smooth: float, format: Format) -> bytes:
+def _plot(rows, keys, x: str, title: str, y_label: str | None, smooth: float, format: Format, log=True) -> bytes:
     names = dict(keys) if isinstance(keys, Mapping) else {key: key for key in keys}
     lines = {name: (xs, ys) for key, name in names.items() for xs, ys in [_series(rows, x, key)] if len(xs)}
     if not lines:
@@ -85,7 +85,8 @@ def _plot(rows, keys, x: str, title: str, y_label: str | None, smooth: float, fo
         if smoothed is not ys:
             axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(xs, smoothed, color=colour, linewidth=1.6, label=name, marker="o" if len(xs) < 12 else None, ms=3.5)
-    _scale(axes, [ys for _, ys in lines.values()])
+    if log:
+        _scale(axes, [ys for _, ys in lines.values()])
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return _bytes(figure, format)
@@ -165,3 +166,20 @@ def levels(rows, keys, title: str = "", *, y_label: str | None = None, format: F
         ValueError: there is nothing to draw, or an unknown format.
     """
     return _plot(rows, keys, "t", title, y_label, 0.0, format)
+
+
+def functions(rows, x: str, keys, title: str = "", *, y_label: str | None = None, format: Format = "svg") -> bytes:
+    """Named functions of one variable on linear axes.
+
+    Args:
+        rows: dicts with the variable and scalars.
+        x: the variable's key, which is the axis' label too.
+        keys, title, y_label, format: as for :func:`curves`.
+
+    Returns:
+        the file's bytes.
+
+    Raises:
+        ValueError: there is nothing to draw, or an unknown format.
+    """
+    return _plot(rows, keys, x, title, y_label, 0.0, format, log=False)

@@ -18,7 +18,7 @@ STRIPS = {"noising": "Noising", "denoising": "Denoising"}
 LEVELS = {"mse": "Error of the predicted noise (MSE)", "log_var_eps": "Log variance of the predicted noise"}
 
 _CLOCK = ("step", "images_seen", "seconds")
-_TITLES = LEVELS | {"lr": "Learning rate"}
+_TITLES = LEVELS | {"lr": "Learning rate", "T": "Largest noise level T"}
 
 
 def _json(path: Path) -> dict:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,28 @@ def test_ddgan_tells_a_wrong_arm(monkeypatch):
     generator, critic = dgf.nets.DDGANGenerator(1, 8, T=4), dgf.nets.DDGANCritic(1, 8, T=4)
     status = ddgan.verify(generator, critic, torch.rand(4, 1, 8, 8))
     assert status["ours"].startswith("RED")
+
+
+def test_instance_noise_benchmark():
+    from benchmarks import instance_noise
+
+    rows = report.with_ratios(instance_noise.run(QUICK))
+    assert not report.red(rows), report.table(rows)
+    assert [row["provider"] for row in rows] == 2 * ["reference", "ours", "copy"] + ["step", "noiser"]
+    assert all(row["over_reference"] > 0 for row in rows[:-2]) and rows[-2]["of_step"] == 1 and rows[-1]["of_step"] > 0
+    assert set().union(*rows) <= set(report.COLUMNS)
+
+
+def test_a_wrong_noiser_is_red():
+    from benchmarks import instance_noise
+
+    x, slots = torch.randn(64, 3, 8, 8), np.arange(64) % 2 * 7
+    right = instance_noise.Reference(slots, x.device)
+    assert instance_noise.verify(right, x) == "ok"
+    right.noise = 1.2 * right.noise
+    assert instance_noise.verify(right, x).startswith("RED: mean")
+    right.noise[0] = 0.1
+    assert instance_noise.verify(right, x) == "RED: clean samples changed"
 
 
 def test_compile_modes():

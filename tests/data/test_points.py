@@ -4,7 +4,7 @@ import torch
 
 from diffgan_fast.data import FloatData, datasets, load
 
-NAMES = ("circle", "dino", "line", "moons", "ring")
+NAMES = ("circle", "dino", "gaussians25", "line", "moons", "ring")
 # rows 0, 1 and -1, and the sums of the columns, of what the source's functions give for n = 100,000
 SOURCE = {
     "circle": ([[1.3061609268188477, 2.7078216075897217], [-0.028793690726161003, 3.023280143737793],
@@ -93,3 +93,17 @@ def test_line_fills_its_rectangle():
     assert (values.abs() <= torch.tensor([2.0, 4.0])).all() and (
         values.abs().amax(0) > torch.tensor([1.99, 3.99])
     ).all()
+
+
+def test_25_gaussians_on_a_grid():
+    data = load("gaussians25")
+    centres = np.array([(x, y) for x in range(-4, 5, 2) for y in range(-4, 5, 2)])
+    values = data.values.double().numpy()
+    nearest = ((values[:, None] - centres) ** 2).sum(2).argmin(1)
+    offsets = values - centres[nearest]
+    assert np.abs(np.bincount(nearest) / len(values) - 1 / 25).max() < 0.003
+    assert np.abs(offsets.std(0) - 0.05).max() < 1e-3 and np.abs(offsets.mean(0)).max() < 1e-3
+    assert np.abs(np.cov(offsets.T)[0, 1]) < 3e-5
+    modes = data.subset(7).to("cpu").modes  # they go with the points
+    assert modes.std == 0.05 and set(map(tuple, modes.centres.tolist())) == set(map(tuple, centres.tolist()))
+    assert load("moons").modes is None

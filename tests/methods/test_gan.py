@@ -30,8 +30,9 @@ def test_losses_follow_the_algorithm():
     _, state = make((3, 10, 10))
     generator, critic = (state[name].double() for name in ("generator", "critic"))
     x0, z = torch.rand(6, 3, 10, 10, dtype=torch.float64) * 2 - 1, torch.randn(6, 100, dtype=torch.float64)
-    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z)
+    loss, fooled, (on_real, on_fake) = dgf.methods.gan.losses(generator, critic, x0, z)
     fake = generator(z)
+    torch.testing.assert_close((on_real, on_fake), (critic(x0), critic(fake)))
 
     want = -critic(x0).sigmoid().log().mean() - (1 - critic(fake.detach()).sigmoid()).log().mean()
     torch.testing.assert_close(loss, want)
@@ -43,7 +44,7 @@ def test_losses_follow_the_algorithm():
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(gradient(got, generator), gradient(want, generator))
 
-    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z)
+    loss, fooled, _ = dgf.methods.gan.losses(generator, critic, x0, z)
     loss.backward()
     assert all(p.grad is None for p in generator.parameters())
     before = [p.grad.clone() for p in critic.parameters()]
@@ -54,7 +55,7 @@ def test_losses_follow_the_algorithm():
 def test_other_losses_are_the_named_ones():
     x0, z = torch.rand(4, 1, 8, 8), torch.randn(4, 3)
     generator, critic = lambda z: z.sum(1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), lambda x: x.sum((1, 2, 3))
-    loss, fooled = dgf.methods.gan.losses(generator, critic, x0, z, gan_loss="wgan")
+    loss, fooled, _ = dgf.methods.gan.losses(generator, critic, x0, z, gan_loss="wgan")
     torch.testing.assert_close(loss, 64 * z.sum(1).mean() - x0.sum((1, 2, 3)).mean())
     torch.testing.assert_close(fooled(), -64 * z.sum(1).mean())
 
@@ -74,7 +75,8 @@ def test_steps_are_those_of_plain_torch(gan_loss, loss):
         logged = method.step(state, Batch(x0), key)
 
         fake = generator(dgf.random.normal((16, 100), dgf.random.fold_in(key, "z")))
-        d_loss = loss(critic(x0), torch.ones(16)) + loss(critic(fake.detach()), torch.zeros(16))
+        on_real, on_fake = critic(x0), critic(fake.detach())
+        d_loss = loss(on_real, torch.ones(16)) + loss(on_fake, torch.zeros(16))
         d_optimizer.zero_grad()
         d_loss.backward()
         d_optimizer.step()
@@ -82,7 +84,8 @@ def test_steps_are_those_of_plain_torch(gan_loss, loss):
         g_optimizer.zero_grad()
         g_loss.backward()
         g_optimizer.step()
-        torch.testing.assert_close(logged, {"critic_loss": d_loss, "generator_loss": g_loss})
+        outputs = {"real_logit": on_real.mean(), "fake_logit": on_fake.mean()}
+        torch.testing.assert_close(logged, {"critic_loss": d_loss, "generator_loss": g_loss, **outputs})
     for name, net in (("generator", generator), ("critic", critic)):
         torch.testing.assert_close(state[name].state_dict(), net.state_dict(), rtol=0, atol=2e-6, msg=name)
     assert generator.main[1].num_batches_tracked == 2  # one forward pass a step
@@ -152,10 +155,65 @@ def test_the_preset_is_the_published_configuration():
     assert all(o.param_groups[0]["betas"] == (0.5, 0.999) for o in method.optimizers(networks).values())
 
 
-@pytest.mark.parametrize("shape", [(2,), (1, 8, 10), (1, 9, 9), (1, 6, 6)])
-def test_other_data_are_refused(shape):
+@pytest.mark.parametrize("shape, network", [
+    ((2,), "dcgan"), ((2,), "sngan"), ((1, 8, 10), "auto"), ((1, 9, 9), "auto"), ((1, 6, 6), "sngan"),
+])  # fmt: skip
+def test_other_data_are_refused(shape, network):
     with pytest.raises(ValueError, match="data must be square images"):
-        make(shape)
+        make(shape, network=network)
+    with pytest.raises(ValueError, match=r"data must be points \[N, D\] for method 'gan' with network='mlp'"):
+        make((1, 8, 8), network="mlp")
+
+
+def test_points_have_the_papers_networks():
+    """Two layers of 128 with LeakyReLU, in both."""
+    method, state = make((2,), z_dim=7, width=None, critic_width=None)
+    for name, (first, last) in {"generator": (7, 2), "critic": (2, 1)}.items():
+        linears = [layer for layer in state[name].main if isinstance(layer, nn.Linear)]
+        assert [(layer.in_features, layer.out_features) for layer in linears] == [(first, 128), (128, 128), (128, last)]
+        others = [layer for layer in state[name].main if not isinstance(layer, nn.Linear)]
+        assert all(isinstance(layer, nn.LeakyReLU) for layer in others)
+        x = torch.randn(5, first)
+        torch.testing.assert_close(state[name](x).view(5, -1), state[name].main(x))
+    assert method.sample(state, 50, 1).shape == (50, 2)
+
+
+def test_the_lazy_penalty_counts_for_the_steps_without_one():
+    method, state = make((2,), r1_gamma=0.5, r1_every=3, critic_width=None)
+    weight = state["critic"].main[0].weight
+    x0, seen = torch.randn(6, 2), []
+    for step in range(4):
+        state.step = step
+        loss = method.penalised(state, torch.zeros(()), state["critic"], x0)
+        seen.append(float(loss.detach()))
+    x = x0.clone().requires_grad_()
+    (g,) = torch.autograd.grad(state["critic"].main(x).sum(), x)
+    want = 3 * 0.5 / 2 * float(g.square().sum(1).mean())
+    assert seen == pytest.approx([want, 0, 0, want]) and weight.requires_grad
+
+
+def test_r1_needs_a_critic_without_batch_norm():
+    method, state = make(r1_gamma=1.0)
+    with pytest.raises(ValueError, match="BatchNorm2d.*normalises by the batch"):
+        method.step(state, Batch(torch.rand(4, 1, 8, 8)), 0)
+    method, state = make(r1_gamma=1.0, critic_norm="layer")
+    assert method.step(state, Batch(torch.rand(4, 1, 8, 8)), 0)["critic_loss"].isfinite()
+
+
+def test_a_budget_in_thousands_of_samples():
+    config = GAN.Config.make(kimg=3, batch_size=64)
+    assert config.steps == 47 and GAN.Config(**config.to_dict()) == config  # 3008 samples
+    assert GAN.Config.make("dcgan", kimg=0.1).steps == 2
+    assert GAN.Config.make("sngan").steps == 100_000 and GAN.Config.make("sngan", steps=5).steps == 5
+    with pytest.raises(ValueError, match="steps must not be given with kimg; got 5 and 3"):
+        GAN.Config.make(kimg=3, steps=5)
+
+
+def test_a_budget_can_be_raised(tmp_path):
+    first = dgf.train("gan", "moons", tmp_path, kimg=0.032, **SMALL)
+    assert first.history[-1]["images_seen"] == 32
+    longer = dgf.train("gan", "moons", tmp_path, kimg=0.064, resume=True, **SMALL)
+    assert [row["images_seen"] for row in longer.history] == [32, 64] and longer.state.step == 4
 
 
 def test_resuming_is_exact(tmp_path):

@@ -177,7 +177,7 @@ def test_labels_never_call_a_domain_score_plain():
 
     assert label("fid", Inception()) == "FID"
     assert label("recall", Inception()) == "recall (inception)"  # its published values are on VGG-16's features
-    assert set(available()) == {*names, "fid_infinity", "kl"}
+    assert set(available()) == {*names, "fid_infinity", "kl", "modes", "high_quality"}
 
 
 def test_points_are_measured_as_they_are_and_against_all_of_them():
@@ -227,3 +227,19 @@ def test_mnist_noise_order(real_data):
 def test_what_does_not_fit_is_named(samples, data, kw, message):
     with pytest.raises(ValueError, match=message):
         evaluate(samples, data, **kw)
+
+
+def test_points_of_known_modes_are_counted():
+    """20 samples within 3 standard deviations make a mode; of real points 1 - exp(-4.5) lie there."""
+    data, held_out = load("gaussians25"), load("gaussians25", split="test")
+    centres = data.modes.centres.float()
+    samples = torch.cat([centres[0].expand(20, 2), centres[1].expand(19, 2) + 0.1, centres[2].expand(30, 2) + 0.11])
+    result = evaluate(samples, data, held_out=held_out, metrics=["modes", "high_quality"])
+    assert (result["modes"], result["high_quality"]) == (1, pytest.approx(39 / 69))
+    assert result["labels"] == {"modes": "modes", "high_quality": "high quality"}
+    real = evaluate(held_out.values, data, metrics=["modes", "high_quality"], halves=0)
+    assert real["modes"] == real["modes_real"] == 25
+    assert real["high_quality"] == pytest.approx(1 - np.exp(-4.5), abs=4e-3)
+    assert real["high_quality_real"] == pytest.approx(1 - np.exp(-4.5), abs=4e-3)
+    with pytest.raises(ValueError, match="metrics must be among kl, not 'modes': data 'data' holds points"):
+        evaluate(POINTS.values, POINTS, metrics=["modes"])

@@ -1,0 +1,160 @@
+"""Diffusion-GAN: a GAN whose critic sees real and fake samples through adaptive instance noise.
+
+Source: Wang et al. 2023, "Diffusion-GAN: Training GANs with Diffusion", Algorithm 1. The critic minimises
+-log D(y, t) - log(1 - D(y_g, t)) with y, y_g the noised x_0, G(z); the generator -log D(y_g, t), through the noise.
+Our two steps share one run of the generator, where Algorithm 1 draws z again.
+
+The published code (`variant="as-coded"`) trains the generator first, each network on a z of its own, draws a t for the
+fake samples that is not that of the real ones, and tells the critic t itself, a raw integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import nn
+
+from diffgan_fast import nets, random
+from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
+from diffgan_fast.engine import Batch, State, frozen, option
+from diffgan_fast.instance_noise import AdaptiveDiffusion, Preset, Rebuilt, Variant
+from diffgan_fast.methods.generator import GeneratorConfig, GeneratorMethod
+
+
+class BehindNoise(nn.Module):
+    """A critic of clean samples: the noiser, then the critic of noisy ones, which is told t and its level."""
+
+    def __init__(self, critic: Callable[..., torch.Tensor], diffusion: AdaptiveDiffusion):
+        super().__init__()
+        self.critic, self.diffusion = critic, diffusion
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None, key: int, first_sample: int = 0) -> torch.Tensor:
+        """The logits of x with noise of level t (None: drawn)."""
+        return self.judge(x, t, key, first_sample)[0]
+
+    def judge(self, x, t, key, first_sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, t)."""
+        y, t = self.diffusion(x, t, key, first_sample=first_sample)
+        return self.critic(y, t=t, level=self.diffusion.level(t)), t
+
+
+def losses(
+    generator: Callable[[torch.Tensor], torch.Tensor],
+    critic: Callable[..., torch.Tensor],
+    diffusion: AdaptiveDiffusion,
+    x0: torch.Tensor,
+    z: torch.Tensor,
+    key: int,
+    *,
+    gan_loss: GanLoss = "nonsaturating",
+    first_sample: int = 0,
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The two losses of a step from one run of the generator.
+
+    Args:
+        generator, x0, z: as for `gan.losses`.
+        critic: logits [N] = critic(y, t=t, level=level) of noised samples; it takes of t and level what it wants.
+        diffusion: the noiser. Hand it the logits of the real samples: `diffusion.update(logits)`.
+        key: of the step.
+        first_sample: number of the first sample in the global batch.
+
+    Returns:
+        (critic's loss, a function that gives the generator's loss, the logits of noised real and fake samples). The
+        fake ones have the t of the real ones; the generator's loss draws new t. Call the function after the critic's
+        update, as that of `gan.losses`.
+    """
+    judge, fake = BehindNoise(critic, diffusion), generator(z)
+    loss, logits, _ = _critic_side(judge, x0, fake, key, gan_loss, first_sample, paired=True)
+    return loss, lambda: _generator_side(judge, fake, key, gan_loss, first_sample), logits
+
+
+def _critic_side(judge, x0, fake, key, gan_loss, first, paired):
+    """(loss, logits of real and fake, t of the real samples)."""
+    on_real, t = judge.judge(x0, None, random.fold_in(key, "real"), first)
+    on_fake = judge(fake.detach(), t if paired else None, random.fold_in(key, "fake"), first)
+    return critic_loss(on_real, on_fake, gan_loss), (on_real, on_fake), t
+
+
+def _generator_side(judge, fake, key, gan_loss, first):
+    with frozen(judge):
+        return generator_loss(judge(fake, None, random.fold_in(key, "generator"), first), gan_loss)
+
+
+@dataclass(kw_only=True)
+class DiffusionGANConfig(GeneratorConfig):
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = GeneratorConfig.PRESETS
+
+    variant: Variant = option("paper", "what the paper says, or what its code does")
+    noise: Preset = option("pixel-uniform", "the noise's settings, of which those below may differ")
+    T_min: int | None = option(None, "least largest noise level T (none: as `noise` has it)", unit="steps", low=1)
+    T_max: int | None = option(None, "greatest T; equal to T_min it keeps T fixed", unit="steps", low=1)
+    mixing: Literal["auto", "uniform", "priority"] = option(
+        "auto", "how noise levels up to T are drawn: all alike, or in proportion to t (auto: as `noise` has it)"
+    )
+    sigma: float | None = option(None, "standard deviation of the noise at its largest", low=0)
+    noise_schedule: Rebuilt = option("rebuild", "whether T steps always reach the last beta, or are the first of T_max")
+    d_target: float = option(0.6, "mean sign of the critic's logits of real samples above which T grows")
+    ada_kimg: float = option(100.0, "thousands of samples in which T can go through its whole range", low=1e-3)
+    condition: Literal["auto", "none", "plane", "concat", "projection", "mapping"] = option(
+        "auto",
+        "how the critic is told the noise level: not, as a channel of its input, beside its features, by a projection "
+        "of them, or by a mapping network (auto: plane for points, else concat; as coded mapping)",
+    )
+
+
+class DiffusionGAN(GeneratorMethod):
+    name, help, Config = "diffusion-gan", "a GAN whose critic sees through adaptive noise", DiffusionGANConfig
+    config: DiffusionGANConfig
+
+    def networks(self, given):
+        c = self.config
+        diffusion = AdaptiveDiffusion(
+            c.noise,
+            variant=c.variant,
+            T_min=c.T_min,
+            T_max=c.T_max,
+            mixing=None if c.mixing == "auto" else c.mixing,
+            sigma=c.sigma,
+            schedule=c.noise_schedule,
+            d_target=c.d_target,
+            ada_kimg=c.ada_kimg,
+        )
+        return super().networks(given) | {"diffusion": diffusion}
+
+    def make_critic(self):
+        kind, as_coded = self.config.condition, self.config.variant == "as-coded"
+        if kind == "auto":
+            kind = "mapping" if as_coded else "plane" if self.kind == "mlp" else "concat"
+        if kind in ("none", "plane"):
+            return super().make_critic(("x",) if kind == "none" else ("x", "level"))
+        plain = super().make_critic()
+        features = nn.Sequential(*plain.main[:-1], nn.Flatten())
+        spectral = self.kind == "sngan"
+        return nets.LevelCritic(features, plain.features, kind, as_coded=as_coded, spectral=spectral)
+
+    def step(self, state: State, batch: Batch, key: int):
+        generator, x0, first = state["generator"], batch.x, batch.first_sample
+        diffusion = cast(AdaptiveDiffusion, state["diffusion"])
+        judge, kind = BehindNoise(state["critic"], diffusion), self.config.gan_loss
+        as_coded = self.config.variant == "as-coded"
+        fake, logged = generator(self.draw_z(len(x0), key, first, x0.device)), {}
+
+        def train_generator(fake):
+            logged["generator_loss"] = _generator_side(judge, fake, key, kind, first)
+            state.update("generator", logged["generator_loss"])
+
+        if as_coded:
+            train_generator(fake)
+            with torch.no_grad():
+                fake = generator(self.draw_z(len(x0), key, first, x0.device, "z of the critic"))
+        loss, (on_real, on_fake), t = _critic_side(judge, x0, fake, key, kind, first, paired=not as_coded)
+        real_key = random.fold_in(key, "real")  # the noise that the critic has just seen
+        state.update("critic", self.penalised(state, loss, judge, x0, t=t, key=real_key, first_sample=first))
+        if not as_coded:
+            train_generator(fake)
+        diffusion.update(on_real.detach(), random.fold_in(key, "levels"))
+        logged |= {"critic_loss": loss, "real_logit": on_real.mean(), "fake_logit": on_fake.mean()}
+        return logged | {"p": diffusion.p.clone(), "T": diffusion.T.clone()}

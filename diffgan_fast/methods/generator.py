@@ -1,0 +1,132 @@
+"""What the methods with a generator share: its network and its critic, their optimisers, latents, and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from diffgan_fast import nets, random
+from diffgan_fast.adversarial import GanLoss
+from diffgan_fast.engine import FlatAdamW, Method, State, TrainConfig, evaluating, option
+from diffgan_fast.ops import r1_penalty
+
+SLOPE = 0.2  # of the MLP critic's LeakyReLU
+
+# Settings that both arms of a comparison have in common
+PRESETS: dict[str, dict[str, Any]] = {
+    # MNIST in github.com/csinva/gan-vae-pretrained-pytorch: 100 epochs, counted in images seen
+    "dcgan": dict(steps=93750, batch_size=64, lr=2e-4, critic_lr=2e-4, z_dim=100, ema=0.0),
+    # Miyato et al. 2018 on CIFAR-10, with one update of the critic a step where they have five
+    "sngan": dict(network="sngan", gan_loss="hinge", z_dim=128, adam_beta1=0.0, adam_beta2=0.9, kimg=6400.0),
+}
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig(TrainConfig):
+    PRESETS: ClassVar = PRESETS
+
+    batch_size: int = option(64, "samples a step", low=1)
+    critic_lr: float = option(2e-4, "learning rate of the critic, constant", low=0)
+    adam_beta1: float = option(0.5, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
+    adam_beta2: float = option(0.999, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
+    network: Literal["auto", "dcgan", "sngan", "mlp"] = option(
+        "auto", "generator and critic: DCGAN's, SNGAN's residual ones, or MLPs for points (auto: DCGAN or MLP)"
+    )
+    z_dim: int = option(100, "length of the latent z", low=1)
+    width: int | None = option(
+        None, "width of the generator's layers: DCGAN's before the last, 64; SNGAN's, 256; the MLP's, 128", low=1
+    )
+    critic_width: int | None = option(
+        None, "width of the critic's layers: DCGAN's first, 64; SNGAN's, 128; the MLP's, 128", low=1
+    )
+    critic_norm: Literal["batch", "layer", "none"] = option("batch", "norm in DCGAN's critic; R1 needs layer or none")
+    gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
+    r1_gamma: float = option(0.0, "weight of the R1 penalty: gamma/2 E|grad D|^2 at real samples (0: none)", low=0)
+    r1_every: int = option(16, "steps between R1 penalties, each of which counts for all of them", unit="steps", low=1)
+
+
+class GeneratorMethod(Method):
+    """Base of `gan` and `diffusion-gan`."""
+
+    Config: ClassVar[type[TrainConfig]] = GeneratorConfig
+    config: GeneratorConfig
+
+    @property
+    def averaged(self):
+        return ("generator",)
+
+    @property
+    def kind(self) -> str:
+        """The kind of network. ValueError if the data do not fit it."""
+        points, chosen = len(self.shape) == 1, self.config.network
+        if chosen == "auto":
+            chosen = "mlp" if points else "dcgan"
+        square = not points and self.shape[1] == self.shape[2]
+        fits = points if chosen == "mlp" else square and self.shape[1] % 2 == 0 and self.shape[1] >= 8
+        if not fits:
+            needed = "points [N, D]" if chosen == "mlp" else "square images [N, C, S, S] of an even size, at least 8,"
+            raise ValueError(
+                f"data must be {needed} for method {self.name!r} with network={chosen!r}; got shape {list(self.shape)}"
+            )
+        return chosen
+
+    def networks(self, given):
+        return {
+            "generator": given["generator"] if "generator" in given else self.make_generator(),
+            "critic": given["critic"] if "critic" in given else self.make_critic(),
+        }
+
+    def make_generator(self) -> nn.Module:
+        """A new generator for this data."""
+        kind, width, z_dim = self.kind, self.config.width, self.config.z_dim
+        if kind == "mlp":
+            return nets.MLPGenerator(self.shape[0], z_dim=z_dim, hidden=width or 128)
+        channels, size, _ = self.shape
+        if kind == "sngan":
+            return nets.SNGANGenerator(channels, size, z_dim=z_dim, width=width or 256)
+        return nets.DCGANGenerator(channels, size, z_dim=z_dim, width=width or 64)
+
+    def make_critic(self, inputs: tuple[str, ...] = ("x",)) -> nets.Critic:
+        """A new critic for this data that sees `inputs`."""
+        kind, width = self.kind, self.config.critic_width
+        if kind == "mlp":
+            return nets.MLPCritic(self.shape[0], width or 128, 2, slope=SLOPE, inputs=inputs)
+        channels, size, _ = self.shape
+        if kind == "sngan":
+            return nets.SNGANCritic(channels, size, width=width or 128, inputs=inputs)
+        norm = None if self.config.critic_norm == "none" else self.config.critic_norm
+        return nets.DCGANCritic(channels, size, width=width or 64, norm=norm, inputs=inputs, init="dcgan")
+
+    def optimizers(self, nets):
+        c = self.config
+        rates = {"generator": c.lr, "critic": c.critic_lr}
+        return {name: FlatAdamW(nets[name], lr, (c.adam_beta1, c.adam_beta2)) for name, lr in rates.items()}
+
+    def draw_z(self, n: int, key: int, first_sample: int, device: torch.device, name: str = "z") -> torch.Tensor:
+        """z ~ N(0, 1) for samples first_sample … first_sample + n: [n, z_dim]."""
+        z_dim = self.config.z_dim
+        return random.normal((n, z_dim), random.fold_in(key, name), first=first_sample * z_dim, device=device)
+
+    def penalised(self, state: State, loss: torch.Tensor, critic: Callable, x0: torch.Tensor, **cond) -> torch.Tensor:
+        """The critic's loss, with the R1 penalty at x0 where this step has one.
+
+        One in `r1_every` steps has it, with as many times the weight (StyleGAN2: Karras et al. 2020, Appendix B).
+        """
+        c = self.config
+        if c.r1_gamma == 0 or state.step % c.r1_every:
+            return loss
+        return loss + c.r1_every * c.r1_gamma / 2 * r1_penalty(critic, x0, **cond)
+
+    @torch.no_grad()
+    def sample(self, state, n, key, *, first=0, ema=True, labels=None):
+        if labels is not None:
+            raise ValueError("labels must be None: this run's generator is told no class")
+        net = state.sampling_net("generator", ema)
+        z = self.draw_z(n, key, first, next(net.parameters()).device)
+        with evaluating(net):
+            x = net(z)
+        return (x if len(self.shape) == 1 else x.clamp(-1, 1)).contiguous()

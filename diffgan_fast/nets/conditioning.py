@@ -1,0 +1,138 @@
+"""How a critic is told the noise level of what it sees: Diffusion-GAN's helpers.
+
+The simplest is one more channel that holds the level: `inputs=("x", "level")` of any critic here. `LevelCritic` joins
+it to the features instead. Both are told `AdaptiveDiffusion.level(t)` = sqrt(1 - abar_t), in [0, 1]: as T adapts, one
+and the same t means another noise. The published code feeds t itself, a raw integer, which is `as_coded`.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, linear
+from torch.nn.utils.parametrizations import spectral_norm
+
+from .checks import check_at_least
+from .embedding import sinusoidal
+
+Joining = Literal["concat", "projection", "mapping"]
+
+SCALE = 1000.0  # of the level before its sines and cosines, whose frequencies are made for steps up to 1000
+SLOPE = 0.2  # of all LeakyReLUs
+
+
+class _Equalised(nn.Module):
+    """StyleGAN2's linear layer: weights N(0, 1)/rate, scaled by rate/sqrt(in) at run time, so that it learns at `rate`
+    times the optimiser's."""
+
+    def __init__(self, here: int, out: int, rate: float = 1.0):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(out, here) / rate), nn.Parameter(torch.zeros(out))
+        self.scale, self.rate = rate / here**0.5, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight * self.scale, self.bias * self.rate)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each row with a root mean square of 1; a row of zeros stays one."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+class LevelEmbedding(nn.Module):
+    """The noise level as a vector: 128 sines and cosines of 1000 · level, and a linear layer.
+
+    Args:
+        dim: length of the vector.
+        as_coded: embed the raw integer t instead: a linear layer without bias at first, then each row scaled to a root
+            mean square of 1. At first it can only tell t = 0, which gives 0, from t > 0, which give one vector.
+
+    Source: Wang et al. 2023, "Diffusion-GAN", Appendix H, and its code.
+    """
+
+    def __init__(self, dim: int, *, as_coded: bool = False):
+        super().__init__()
+        check_at_least(1, dim=dim)
+        self.as_coded = as_coded
+        self.linear = _Equalised(1, dim) if as_coded else nn.Linear(128, dim)
+
+    def forward(self, t: Tensor | None, level: Tensor | None) -> Tensor:
+        """[N, dim] from t int64 [N] (as coded) or from the level [N] in [0, 1]."""
+        name, told = ("t", t) if self.as_coded else ("level", level)
+        if told is None or told.dim() != 1:
+            raise ValueError(
+                f"{name} must be [N], one for each sample; got {None if told is None else list(told.shape)}"
+            )
+        dtype = self.linear.weight.dtype
+        if self.as_coded:
+            return _unit(self.linear(told.to(dtype)[:, None]))
+        return self.linear(sinusoidal(SCALE * told, 128, dtype))
+
+
+class LevelCritic(nn.Module):
+    """A critic that is told the noise level beside its features: `critic(x, t=t, level=level)` -> logits [N].
+
+    Args:
+        features: x -> [N, width].
+        width: numbers a sample that `features` gives.
+        joining: how level and features meet. "concat": the embedding beside the features, a hidden layer, a logit (as
+            the authors did for DCGAN and SNGAN). "projection": a logit of the features plus their product with the
+            embedding (Miyato and Koyama 2018). "mapping": the product of the features with what a mapping network makes
+            of the embedding, over sqrt(dim) (StyleGAN2, where the level takes the place of the class).
+        dim: length of the embedding, and width of the hidden or mapping layers; with "projection" it is `width`.
+        as_coded: embed the raw integer t, and map it by eight layers of a hundredth of the learning rate.
+        spectral: spectral norm in the layers that see features.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        width: int,
+        joining: Joining = "concat",
+        *,
+        dim: int = 128,
+        as_coded: bool = False,
+        spectral: bool = False,
+    ):
+        super().__init__()
+        check_at_least(1, width=width, dim=dim)
+        if joining not in get_args(Joining):
+            raise ValueError(f"joining must be one of {', '.join(get_args(Joining))}; got {joining!r}")
+        norm: Callable[[nn.Module], nn.Module] = spectral_norm if spectral else lambda layer: layer
+        self.features, self.joining = features, joining
+        self.embedding = LevelEmbedding(width if joining == "projection" else dim, as_coded=as_coded)
+        if joining == "concat":
+            hidden, last = norm(nn.Linear(width + dim, dim)), norm(nn.Linear(dim, 1))
+            self.head: nn.Module = nn.Sequential(hidden, nn.LeakyReLU(SLOPE), last)
+        else:
+            self.head = norm(nn.Linear(width, dim if joining == "mapping" else 1))
+        if joining == "mapping":
+            layers = [_Equalised(dim, dim, 0.01 if as_coded else 1.0) for _ in range(8 if as_coded else 2)]
+            self.mapping = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, t: Tensor | None = None, level: Tensor | None = None, **_) -> Tensor:
+        """The logits, high where the critic believes that the clean x is real.
+
+        Args:
+            x: what `features` takes.
+            t: [N] int64; used if `as_coded`.
+            level: [N], in [0, 1]; used otherwise.
+
+        Returns:
+            [N].
+
+        Raises:
+            ValueError: t or level is missing, or not [N].
+        """
+        h, embedded = self.features(x), self.embedding(t, level)
+        if self.joining == "concat":
+            return self.head(torch.cat((h, embedded.to(h.dtype)), 1)).flatten()
+        if self.joining == "projection":
+            return self.head(h).flatten() + (h * embedded).sum(1) / h.shape[1] ** 0.5
+        for layer in self.mapping:
+            embedded = leaky_relu(layer(embedded), SLOPE) * 2**0.5
+        return (self.head(h) * embedded).sum(1) / embedded.shape[1] ** 0.5

@@ -1,0 +1,182 @@
+"""Diffusion-GAN against its algorithm written out in plain torch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import diffgan_fast as dgf
+from diffgan_fast import nets
+from diffgan_fast.engine import Batch, State
+from diffgan_fast.methods import diffusion_gan
+from diffgan_fast.methods.diffusion_gan import BehindNoise
+from tests.methods.by_hand import adam, bce
+
+METHOD = dgf.methods.find("diffusion-gan")
+SMALL = dict(width=8, critic_width=8, batch_size=16, log_every=2, sample_every=0, checkpoint_every=0, progress=False)
+TOLD = ("none", "plane", "concat", "projection", "mapping")
+
+
+def make(shape=(2,), given=None, **options):
+    method = METHOD(METHOD.Config(**{"width": 4, "critic_width": 4, "z_dim": 5, **options}), shape)
+    networks = method.networks(given or {})
+    return method, State(networks, method.optimizers(networks), method.averaged, method.config)
+
+
+def folded(key, name):
+    return dgf.random.fold_in(key, name)
+
+
+@pytest.mark.parametrize("variant", ["paper", "as-coded"])
+def test_steps_are_those_of_the_algorithm(variant):
+    """Three steps of plain torch. Paper: critic, then generator, with the reals' t for the fakes. Code: the generator
+    first, each on its own z, and every t by itself. Both update T last."""
+    coded = variant == "as-coded"
+    method, state = make(variant=variant, lr=1e-3, critic_lr=5e-4, ada_kimg=0.5, sigma=0.3)
+    method.config.d_target = -1.0  # T grows at once
+    generator, critic, d = (copy.deepcopy(state[name]) for name in ("generator", "critic", "diffusion"))
+    g_adam, d_adam = adam(generator, 1e-3), adam(critic, 5e-4)
+
+    def judged(x, t, key):
+        y, t = d(x, t, key)
+        return critic(y, t=t, level=d.level(t)), t
+
+    for key in range(6):
+        x0 = torch.randn(16, 2)
+        logged = method.step(state, Batch(x0), key)
+
+        def train_generator(fake, key=key):
+            loss = bce(judged(fake, None, folded(key, "generator"))[0], 1.0)
+            g_adam.zero_grad()
+            loss.backward()
+            g_adam.step()
+            return loss
+
+        fake = generator(dgf.random.normal((16, 5), folded(key, "z")))
+        if coded:
+            g_loss = train_generator(fake)
+            fake = generator(dgf.random.normal((16, 5), folded(key, "z of the critic")))
+        on_real, t = judged(x0, None, folded(key, "real"))
+        on_fake, _ = judged(fake.detach(), None if coded else t, folded(key, "fake"))
+        d_loss = bce(on_real, 1.0) + bce(on_fake, 0.0)
+        d_adam.zero_grad()
+        d_loss.backward()
+        d_adam.step()
+        if not coded:
+            g_loss = train_generator(fake)
+        d.update(on_real.detach(), folded(key, "levels"))
+        want = {"critic_loss": d_loss, "generator_loss": g_loss, "p": d.p, "T": d.T}
+        want |= {"real_logit": on_real.mean(), "fake_logit": on_fake.mean()}
+        torch.testing.assert_close(logged, want)
+    # as coded the mapping network's weights have gradients so small that Adam makes steps of their rounding
+    tolerance = 3e-3 if coded else 5e-6
+    for name, net in (("generator", generator), ("critic", critic)):
+        torch.testing.assert_close(state[name].state_dict(), net.state_dict(), rtol=0, atol=tolerance, msg=name)
+    assert torch.equal(state["diffusion"].slots, d.slots)
+
+
+def test_losses_serve_a_loop_of_ones_own():
+    _, state = make(condition="plane")
+    generator, critic, d = (state[name] for name in ("generator", "critic", "diffusion"))
+    x0, z = torch.randn(6, 2), torch.randn(6, 5)
+    loss, fooled, (on_real, on_fake) = diffusion_gan.losses(generator, critic, d, x0, z, 3)
+    y, t = d(x0, key=folded(3, "real"))
+    g, _ = d(generator(z), t, key=folded(3, "fake"))
+    torch.testing.assert_close(on_real, critic(y, level=d.level(t)))
+    torch.testing.assert_close(on_fake, critic(g, level=d.level(t)))
+    torch.testing.assert_close(loss, bce(on_real, 1.0) + bce(on_fake, 0.0))
+    loss.backward()
+    assert all(p.grad is None for p in generator.parameters())
+    before = [p.grad.clone() for p in critic.parameters()]
+    fooled().backward()
+    assert all(p.grad.abs().sum() > 0 for p in generator.parameters())
+    assert all(torch.equal(p.grad, g) and p.requires_grad for p, g in zip(critic.parameters(), before, strict=True))
+
+
+def test_the_penalty_is_of_the_clean_image_through_the_noise():
+    """|grad_x D(sqrt(abar) x + …)|² carries abar: for a linear critic it is abar_t |w|²."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+        def forward(self, x, **_):
+            return x @ self.w
+
+    d, critic = dgf.AdaptiveDiffusion(T_min=100, T_max=100), Linear()
+    t = torch.tensor([0, 100, 100, 50])
+    got = dgf.ops.r1_penalty(BehindNoise(critic, d), torch.randn(4, 2), t=t, key=4)
+    abar = 1 - d.level(t) ** 2
+    torch.testing.assert_close(got, 25 * abar.mean())
+    (g,) = torch.autograd.grad(got, critic.w)
+    torch.testing.assert_close(g, 2 * critic.w.detach() * abar.mean())
+    with pytest.raises(ValueError, match="BatchNorm2d.*normalises by the batch"):
+        noisy = BehindNoise(nets.DCGANCritic(1, 8, width=4), d)
+        dgf.ops.r1_penalty(noisy, torch.randn(4, 1, 8, 8), t=t, key=4)
+
+
+@pytest.mark.parametrize("network, shape", [("mlp", (2,)), ("dcgan", (1, 8, 8)), ("sngan", (3, 8, 8))])
+@pytest.mark.parametrize("condition", TOLD)
+def test_every_network_is_told_in_every_way(network, shape, condition):
+    method, state = make(shape, network=network, condition=condition)
+    x = torch.rand(1, *shape).expand(6, *shape).contiguous()
+    critic = state["critic"].eval()
+    out = critic(x, t=torch.arange(6), level=torch.linspace(0, 1, 6))
+    assert out.shape == (6,) and (len(out.unique()) == 1) == (condition == "none")
+    logged = method.step(state, Batch(torch.rand(8, *shape)), 1)
+    assert all(v.isfinite() for v in logged.values())
+    assert any("parametrizations" in k for k in critic.state_dict()) == (network == "sngan")
+
+
+def test_a_users_own_critic_takes_what_it_wants():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.told = nn.Linear(3, 1), []
+
+        def forward(self, y, level, **_):
+            self.told.append(level)
+            return self.main(torch.cat((y, level[:, None]), 1)).flatten()
+
+    own = Own()
+    method, state = make(given={"critic": own})
+    method.step(state, Batch(torch.randn(8, 2)), 1)
+    assert state["critic"] is own and torch.equal(own.told[0], own.told[1]) and len(own.told) == 3
+
+
+def test_options_reach_the_noiser():
+    _, state = make(noise="pixel-priority", sigma=0.2, T_min=7, mixing="uniform", noise_schedule="fixed", d_target=0.1)
+    text = repr(state["diffusion"])
+    for part in ("T=7..1000", "uniform", "sigma=0.2", "fixed", "d_target=0.1"):
+        assert part in text
+    _, state = make(variant="as-coded")
+    assert "T=10..1000" in repr(state["diffusion"]) and state["critic"].embedding.as_coded
+
+
+def test_resuming_is_exact_and_the_page_shows_T(tmp_path):
+    options = SMALL | dict(checkpoint_every=5, ada_kimg=0.2, d_target=-1.0)
+    whole = dgf.train("diffusion-gan", out=tmp_path / "whole", steps=12, **options)
+
+    def stop(run, row):
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dgf.train("diffusion-gan", out=tmp_path / "cut", steps=12, callbacks=[stop], **options)
+    cut = dgf.train("diffusion-gan", out=tmp_path / "cut", steps=12, resume=True, **options)
+    for name in ("generator", "critic", "diffusion"):
+        torch.testing.assert_close(cut.state[name].state_dict(), whole.state[name].state_dict(), rtol=0, atol=0)
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.history] for run in (cut, whole)]
+    assert timeless[0] == timeless[1] and timeless[0][-1]["T"] > 100 and timeless[0][-1]["images_seen"] == 192
+    assert torch.equal(dgf.load(tmp_path / "cut").sample(5), whole.sample(5))
+    html = (tmp_path / "whole" / "report.html").read_text()
+    assert "Critic&#x27;s logits" in html and "Largest noise level T" in html
+
+
+def test_few_data(tmp_path):
+    run = dgf.train("diffusion-gan", "moons", tmp_path, subset=20, steps=3, **SMALL)
+    assert run.history[-1]["step"] == 3
+    a, b = (dgf.data.load("moons", subset=20).values for _ in range(2))
+    assert torch.equal(a, b) and len(a) == 20
