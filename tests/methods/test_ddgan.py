@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -272,3 +273,18 @@ def test_ablations_train_and_load(tmp_path, data, options):
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="data must be square images or points"):
         DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
+
+
+@pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.evaluation.SmallSampleWarning")
+def test_it_is_planned_compared_exported_and_reported(tmp_path):
+    common = dict(batch_size=8, T=2, width=8, sample_every=0, progress=False)
+    plan = dgf.plan("ddgan", "digits", **{k: v for k, v in common.items() if k not in ("sample_every", "progress")})
+    assert plan.rows[0].peak > 0 and plan.recompute is None
+    rows = dgf.compare(["ddpm", "ddgan"], "digits", tmp_path, n=40, steps=2, log_every=1, **common)
+    assert [row["method"] for row in rows] == ["ddpm", "ddgan"] and rows[1]["fid"] > 0
+    run = dgf.load(tmp_path / "ddgan")
+    weights = load_file(run.export(tmp_path / "generator.safetensors"))
+    assert weights.keys() == run.state["generator"].state_dict().keys()
+    page = (tmp_path / "ddgan" / "report.html").read_text()
+    assert "From noise to image" in page and 'alt="Losses"' in page
+    assert run.evaluate(40, metrics=["fid", "recall"]).keys() >= {"fid", "recall", "sample_seconds"}
