@@ -26,7 +26,7 @@ from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, FlatAdamW, Method, State, TrainConfig, evaluating, frozen, option
 from diffgan_fast.ops import add_noise, noise_pair, posterior_step, r1_penalty
-from diffgan_fast.sampling import Predicts, generated_step, sample_posterior
+from diffgan_fast.sampling import Predicts, check_predicts, generated_step, sample_posterior
 from diffgan_fast.schedule import Schedule
 
 BETAS = (0.5, 0.9)  # of both optimisers, as the authors' code has them
@@ -60,7 +60,10 @@ def losses(
     Returns:
         (critic's loss, a function that gives the generator's loss). Call the function after the critic's update. It
         leaves the critic's gradients alone, and the critic's loss has no graph through the generator.
+
+    Raises: ValueError for an unknown `predicts` or `gan_loss`, and as `ops.noise_pair` and `ops.r1_penalty`.
     """
+    check_predicts(predicts)
     n, first = len(x0), first_sample
 
     def judged(part: str) -> tuple[torch.Tensor, ...]:

@@ -270,6 +270,16 @@ def test_ablations_train_and_load(tmp_path, data, options):
     assert {name: stored[name] for name in options} == options
 
 
+def test_an_unknown_prediction_is_named():
+    generator, critic, x0 = case()
+    with pytest.raises(ValueError, match="predicts must be one of x0, x_prev; got 'eps'"):
+        dgf.methods.ddgan.losses(generator, critic, x0, dgf.Schedule.vp(4), 5, z_dim=3, predicts="eps")
+    with pytest.raises(ValueError, match="predicts must be"):
+        dgf.sampling.sample_posterior(generator, (2, 2), dgf.Schedule.vp(4), 5, z_dim=3, predicts="eps")
+    with pytest.raises(ValueError, match="predicts must be"):
+        DDGAN.Config(predicts="eps")
+
+
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="data must be square images or points"):
         DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
