@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 import diffgan_fast as dgf
 from diffgan_fast.engine import Batch, State
+from tests import mixture
 from tests.ops import oracle
 
 DDGAN = dgf.methods.find("ddgan")
@@ -298,3 +299,14 @@ def test_it_is_planned_compared_exported_and_reported(tmp_path):
     page = (tmp_path / "ddgan" / "report.html").read_text()
     assert "From noise to image" in page and 'alt="Losses"' in page
     assert run.evaluate(40, metrics=["fid", "recall"]).keys() >= {"fid", "recall", "sample_seconds"}
+
+
+@pytest.mark.slow
+def test_two_large_steps_reach_two_modes(tmp_path):
+    """Two narrow Gaussians four apart, which a Gaussian step could only bridge: both are found, in their shares."""
+    p = mixture.two_gaussians(0.5, (-2.0, 0.0), (2.0, 0.0), 0.2)
+    run = dgf.train("ddgan", p.sample(5000, 1).float(), tmp_path, T=2, width=64, z_dim=4, steps=600, batch_size=256,
+                    sample_every=0, checkpoint_every=0, progress=False)  # fmt: skip
+    x = run.sample(2000).double()
+    near = torch.cdist(x, p.means).amin(1) < 0.6  # three standard deviations: 98.9 % of the data
+    assert near.double().mean() > 0.85 and (p.modes(x)[0] - 0.5).abs().max() < 0.15
