@@ -62,8 +62,8 @@ CONFIGS = {
 }
 SCORES = ("is", "fid", "kid", "precision", "recall")
 
-# What was measured of a run: SCORES with their labels and those of real data; "sample_seconds" of TIMED images, "nfe",
-# "seconds" and "images" of training; "path".
+# What was measured of a run: SCORES with their labels and those of real data; "sample_seconds" of TIMED images; "nfe",
+# how often the network is called for them, and "macs" of a call on one; "seconds" and "images" of training; "path".
 Outcome = dict[str, Any]
 
 
@@ -124,7 +124,7 @@ def reproduce_ddgan(
         "ddgan", points, Path(out) / "points" / points, preset="points", steps=point_steps, resume=True, sample_every=0,
         device=device, progress=progress,
     )  # fmt: skip
-    write_page(folder / "report.html", results, {name: CONFIGS[name].what for name in configs}, study.macs(), denoised)
+    write_page(folder / "report.html", results, {name: CONFIGS[name].what for name in configs}, denoised)
     return results
 
 
@@ -138,11 +138,6 @@ class _Study:
     n: int
     width: int | None
     options: dict[str, Any]
-
-    def macs(self) -> dict[str, int]:
-        """Multiply-accumulates of a call on one image: of the DDGAN's generator, and of the U-Net beside it."""
-        found = matched(data_sets.load(self.data).shape, self.width)
-        return {"DDGAN's generator": found[1], f"U-Net of width {found[0]}": found[2]}
 
     def outcome(self, name: str, seed: int) -> Outcome:
         """What a configuration comes to with a seed: from its run's directory, if it was measured before."""
@@ -172,21 +167,21 @@ def _sampled(run: Run, options: dict[str, Any]) -> Run:
 
 
 def _measured(run: Run, n: int, seed: int) -> Outcome:
-    """Scores of n samples, the seconds that TIMED of them take, the faster of two times, and the network's calls."""
+    """Scores of n samples; the seconds that TIMED of them take, the faster of two times; what the network does."""
     scores = metrics.evaluate(run.sample(n, seed), run.reference(), metrics=SCORES, held_out=run.reference("test"))
-    seconds, calls = [], 0
-
-    def called(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = run.state.sampling_net(run.state.generating[0]).register_forward_hook(called)
+    network = run.state.sampling_net(run.state.generating[0])
+    seconds, calls = [], []
+    hook = network.register_forward_hook(lambda _, given, out: calls.append([x[:1] for x in given]))
     for i in range(2):
         started = time.perf_counter()
         run.sample(TIMED, seed, first=i * TIMED)
         seconds.append(time.perf_counter() - started)
     hook.remove()
-    return scores | {"sample_seconds": min(seconds), "nfe": calls // 2}
+    return scores | {
+        "sample_seconds": min(seconds),
+        "nfe": len(calls) // 2,
+        "macs": nets.macs(network, *calls[0]),
+    }
 
 
 @cache
