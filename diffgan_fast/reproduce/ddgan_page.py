@@ -29,8 +29,8 @@ FLOORS = {"is": "is_real", **{key: f"{key}_floor" for key in ("fid", "kid")}, "p
 DRAWN = 5000  # points of a denoising step
 NOTES = (
     "Mean ± standard deviation over seeds. Sampling: seconds for 100 images in one batch on this machine. NFE: how "
-    "often the network ran for them. MACs: multiply-accumulates of a call on one image. “Real data”: what held-out real "
-    "images score in the samples' place.",
+    "often the network ran for them. MACs: multiply-accumulates of a call on one image. “Real data”: what held-out "
+    "real images score in the samples' place.",
     "All models saw the same number of images; a step of a DDGAN or a GAN trains two networks on each, and a DDGAN's "
     "generator runs twice, so that seconds of training differ.",
 )
