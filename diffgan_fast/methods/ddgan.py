@@ -112,7 +112,7 @@ class DDGANConfig(TrainConfig):
         "points": dict(steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, z_dim=8, ema=0.995),
     }  # fmt: skip
     batch_size: int = option(64, "samples a step; of images a multiple of 4", low=1)
-    lr: float = option(1e-3, "learning rate of the generator", low=0)
+    lr: float = option(5e-4, "learning rate of the generator", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
         "cosine", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
     )
@@ -137,7 +137,7 @@ class DDGANConfig(TrainConfig):
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
     )
-    critic_lr: float = option(1e-3, "learning rate of the critic", low=0)
+    critic_lr: float = option(5e-4, "learning rate of the critic", low=0)
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
     r1_gamma: float = option(0.02, "gamma of the R1 penalty, which has weight gamma / 2 (0: none)", low=0)
     lazy_reg: int = option(15, "steps between R1 penalties, of which none is multiplied by it", unit="steps", low=1)
