@@ -305,8 +305,8 @@ def test_it_is_planned_compared_exported_and_reported(tmp_path):
 def test_two_large_steps_reach_two_modes(tmp_path):
     """Two narrow Gaussians four apart, which a Gaussian step could only bridge: both are found, in their shares."""
     p = mixture.two_gaussians(0.5, (-2.0, 0.0), (2.0, 0.0), 0.2)
-    run = dgf.train("ddgan", p.sample(5000, 1).float(), tmp_path, T=2, width=64, z_dim=4, steps=600, batch_size=256, lr=1e-3,
-                    critic_lr=1e-3, sample_every=0, checkpoint_every=0, progress=False)  # fmt: skip
+    options = dict(T=2, width=64, z_dim=4, steps=600, batch_size=256, lr=1e-3, critic_lr=1e-3)
+    run = dgf.train("ddgan", p.sample(5000, 1).float(), tmp_path, sample_every=0, progress=False, **options)
     x = run.sample(2000).double()
     near = torch.cdist(x, p.means).amin(1) < 0.6  # three standard deviations: 98.9 % of the data
     assert near.double().mean() > 0.85 and (p.modes(x)[0] - 0.5).abs().max() < 0.15
