@@ -18,6 +18,12 @@ Predicts = Literal["x0", "x_prev"]  # what a generator of Denoising Diffusion GA
 Denoiser = Callable[..., torch.Tensor]
 
 
+def check_predicts(predicts: str) -> None:
+    """ValueError unless `predicts` names what a generator makes of x_t."""
+    if predicts not in get_args(Predicts):
+        raise ValueError(f"predicts must be one of {', '.join(get_args(Predicts))}; got {predicts!r}")
+
+
 @dataclass(kw_only=True)
 class Reverse:
     """How x_{t-1} is made from x_t: what `sample` and `denoise_chain` take as keywords.
@@ -206,6 +212,7 @@ def generated_step(
         z_dim: length of z.
         predicts: "x0", from which x_{t-1} is drawn, or "x_prev", x_{t-1} itself.
     """
+    check_predicts(predicts)
     told = torch.full((1,), t, device=x.device).expand(len(x))  # one number, as a network may notice
     z = random.normal((len(x), z_dim), random.fold_in(key, "z"), first=first_sample * z_dim, device=x.device)
     out = generator(x, told, z).to(x.dtype)

@@ -26,7 +26,7 @@ from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, FlatAdamW, Method, State, TrainConfig, evaluating, frozen, option
 from diffgan_fast.ops import add_noise, noise_pair, posterior_step, r1_penalty
-from diffgan_fast.sampling import Predicts, generated_step, sample_posterior
+from diffgan_fast.sampling import Predicts, check_predicts, generated_step, sample_posterior
 from diffgan_fast.schedule import Schedule
 
 BETAS = (0.5, 0.9)  # of both optimisers, as the authors' code has them
@@ -60,7 +60,10 @@ def losses(
     Returns:
         (critic's loss, a function that gives the generator's loss). Call the function after the critic's update. It
         leaves the critic's gradients alone, and the critic's loss has no graph through the generator.
+
+    Raises: ValueError for an unknown `predicts` or `gan_loss`, and as `ops.noise_pair` and `ops.r1_penalty`.
     """
+    check_predicts(predicts)
     n, first = len(x0), first_sample
 
     def judged(part: str) -> tuple[torch.Tensor, ...]:
@@ -109,7 +112,7 @@ class DDGANConfig(TrainConfig):
         "points": dict(steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, z_dim=8, ema=0.995),
     }  # fmt: skip
     batch_size: int = option(64, "samples a step; of images a multiple of 4", low=1)
-    lr: float = option(1e-3, "learning rate of the generator", low=0)
+    lr: float = option(5e-4, "learning rate of the generator", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
         "cosine", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
     )
@@ -134,7 +137,7 @@ class DDGANConfig(TrainConfig):
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
     )
-    critic_lr: float = option(1e-3, "learning rate of the critic", low=0)
+    critic_lr: float = option(5e-4, "learning rate of the critic", low=0)
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
     r1_gamma: float = option(0.02, "gamma of the R1 penalty, which has weight gamma / 2 (0: none)", low=0)
     lazy_reg: int = option(15, "steps between R1 penalties, of which none is multiplied by it", unit="steps", low=1)

@@ -119,7 +119,7 @@ def tradeoff(
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.margins(x=0.12, y=0.1)
+    axes.margins(x=0.2, y=0.1)
     for (name, xy), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
         axes.plot(xy[:, 0], xy[:, 1], "o", color=colour, alpha=0.3, ms=3, markeredgewidth=0)
         middle = tuple(xy.mean(0))

@@ -29,7 +29,8 @@ FLOORS = {"is": "is_real", **{key: f"{key}_floor" for key in ("fid", "kid")}, "p
 DRAWN = 5000  # points of a denoising step
 NOTES = (
     "Mean ± standard deviation over seeds. Sampling: seconds for 100 images in one batch on this machine. NFE: how "
-    "often the network ran for them. “Real data”: what held-out real images score in the samples' place.",
+    "often the network ran for them. MACs: multiply-accumulates of a call on one image. “Real data”: what held-out "
+    "real images score in the samples' place.",
     "All models saw the same number of images; a step of a DDGAN or a GAN trains two networks on each, and a DDGAN's "
     "generator runs twice, so that seconds of training differ.",
 )
@@ -42,47 +43,51 @@ def tradeoff_table(results: Results) -> tuple[list[dict[str, Any]], dict[str, st
     rows = []
     for name, outcomes in results.items():
         row: dict[str, Any] = {"config": name, "nfe": outcomes[0]["nfe"]}
+        row["macs"] = f"{outcomes[0]['macs'] / 1e6:,.1f} M"
         rows.append(row | {key: spread([o[key] for o in outcomes], d) for key, d in DECIMALS.items()})
     real = next(iter(results.values()))[0]
     rows.append({"config": "real data"} | {key: f"{real[floor]:.{DECIMALS[key]}f}" for key, floor in FLOORS.items()})
-    columns = {"config": "configuration", **real["labels"], "nfe": "NFE", "sample_seconds": "sampling 100 (s)"}
+    columns = {
+        "config": "configuration",
+        **real["labels"],
+        "nfe": "NFE",
+        "macs": "MACs a call",
+        "sample_seconds": "sampling 100 (s)",
+    }
     return rows, columns | {"seconds": "training (s)"}
 
 
-def speedups(results: Results, macs: Mapping[str, int]) -> list[str]:
+def speedups(results: Results) -> list[str]:
     """How many times faster the few steps are than the many, in sentences that say what both are worth.
 
-    Beside each ratio stands what the multiply-accumulates of all calls predict. Args: as for `write_page`.
+    Beside each ratio stands what the multiply-accumulates of all calls predict.
     """
     said = []
-    few_macs, many_macs = macs.values()
     for few, many in (("ddgan-4", "ddpm-300"), ("ddgan-4", "ddpm-1000"), ("ddgan-4", "ddim-50")):
         if few in results and many in results:
             seconds, fids = (
                 [statistics.mean(outcome[key] for outcome in results[name]) for name in (many, few)]
                 for key in ("sample_seconds", "fid")
             )
-            predicted = results[many][0]["nfe"] * many_macs / (results[few][0]["nfe"] * few_macs)
+            work = [results[name][0]["nfe"] * results[name][0]["macs"] for name in (many, few)]
             said.append(
-                f"{few} samples {seconds[0] / seconds[1]:.1f} times as fast as {many} ({predicted:.1f} by counted "
-                f"passes); FID {fids[1]:.3f} against {fids[0]:.3f}."
+                f"{few} samples {seconds[0] / seconds[1]:.1f} times as fast as {many} "
+                f"({work[0] / work[1]:.1f} by counted passes); FID {fids[1]:.3f} against {fids[0]:.3f}."
             )
     return said
 
 
-def write_page(path: Path, results: Results, what: Mapping[str, str], macs: Mapping[str, int], denoised: Run) -> None:
+def write_page(path: Path, results: Results, what: Mapping[str, str], denoised: Run) -> None:
     """Writes the report.
 
     Args:
         results: as `reproduce_ddgan` returns them.
         what: configuration -> what it is.
-        macs: network -> multiply-accumulates of a call on one image: the generator, then the U-Net.
         denoised: the `ddgan` of points whose steps are shown.
     """
     first = next(iter(results.values()))[0]
-    cost = "; ".join(f"{name}: {value / 1e6:,.1f} M" for name, value in macs.items())
-    body = "".join(map(paragraph, speedups(results, macs))) + report.html_table(*tradeoff_table(results))
-    notes = (f"Multiply-accumulates of a call on one image: {cost}.", *NOTES, *report.score_notes(first))
+    body = "".join(map(paragraph, speedups(results))) + report.html_table(*tradeoff_table(results))
+    notes = (*NOTES, *report.score_notes(first))
     configurations = report.html_table(
         [{"config": name, "what": text} for name, text in what.items()],
         {"config": "configuration", "what": "what it is"},

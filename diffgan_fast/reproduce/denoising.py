@@ -48,6 +48,7 @@ def compared(run: Run, n: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     """
     points, held_out = run.reference().values, run.reference("test").values
     method: Any = run.method
+    device = next(run.state["generator"].parameters()).device
     schedule: Schedule = method.schedule
     found: dict[str, dict[str, Any]] = {}
     for t in range(schedule.T, 0, -1):
@@ -55,7 +56,9 @@ def compared(run: Run, n: int, seed: int = 0) -> dict[str, dict[str, Any]]:
         x_t = add_noise(held_out[t : t + 1], t, schedule, key)[0]
         true, other = (true_step(points[half::2], x_t, t, schedule, n, random.fold_in(key, half)) for half in (0, 1))
         drawn = {
-            "ddgan": method.denoise(run.state, x_t.expand(n, -1).contiguous(), t, random.fold_in(key, "ddgan")).cpu(),
+            "ddgan": method.denoise(
+                run.state, x_t.to(device).expand(n, -1).contiguous(), t, random.fold_in(key, "ddgan")
+            ).cpu(),
             "gaussian": gaussian_step(true, random.fold_in(key, "gaussian")),
         }
         kl = {name: knn_kl(true, x) for name, x in (drawn | {"floor": other}).items()}

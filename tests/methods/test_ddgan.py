@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import softplus
 
 import diffgan_fast as dgf
 from diffgan_fast.engine import Batch, State
+from tests import mixture
 from tests.ops import oracle
 
 DDGAN = dgf.methods.find("ddgan")
@@ -269,6 +271,42 @@ def test_ablations_train_and_load(tmp_path, data, options):
     assert {name: stored[name] for name in options} == options
 
 
+def test_an_unknown_prediction_is_named():
+    generator, critic, x0 = case()
+    with pytest.raises(ValueError, match="predicts must be one of x0, x_prev; got 'eps'"):
+        dgf.methods.ddgan.losses(generator, critic, x0, dgf.Schedule.vp(4), 5, z_dim=3, predicts="eps")
+    with pytest.raises(ValueError, match="predicts must be"):
+        dgf.sampling.sample_posterior(generator, (2, 2), dgf.Schedule.vp(4), 5, z_dim=3, predicts="eps")
+    with pytest.raises(ValueError, match="predicts must be"):
+        DDGAN.Config(predicts="eps")
+
+
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="data must be square images or points"):
         DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
+
+
+@pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.evaluation.SmallSampleWarning")
+def test_it_is_planned_compared_exported_and_reported(tmp_path):
+    common = dict(batch_size=8, T=2, width=8, sample_every=0, progress=False)
+    plan = dgf.plan("ddgan", "digits", **{k: v for k, v in common.items() if k not in ("sample_every", "progress")})
+    assert plan.rows[0].peak > 0 and plan.recompute is None
+    rows = dgf.compare(["ddpm", "ddgan"], "digits", tmp_path, n=40, steps=2, log_every=1, **common)
+    assert [row["method"] for row in rows] == ["ddpm", "ddgan"] and rows[1]["fid"] > 0
+    run = dgf.load(tmp_path / "ddgan")
+    weights = load_file(run.export(tmp_path / "generator.safetensors"))
+    assert weights.keys() == run.state["generator"].state_dict().keys()
+    page = (tmp_path / "ddgan" / "report.html").read_text()
+    assert "From noise to image" in page and 'alt="Losses"' in page
+    assert run.evaluate(40, metrics=["fid", "recall"]).keys() >= {"fid", "recall", "sample_seconds"}
+
+
+@pytest.mark.slow
+def test_two_large_steps_reach_two_modes(tmp_path):
+    """Two narrow Gaussians four apart, which a Gaussian step could only bridge: both are found, in their shares."""
+    p = mixture.two_gaussians(0.5, (-2.0, 0.0), (2.0, 0.0), 0.2)
+    options = dict(T=2, width=64, z_dim=4, steps=600, batch_size=256, lr=1e-3, critic_lr=1e-3)
+    run = dgf.train("ddgan", p.sample(5000, 1).float(), tmp_path, sample_every=0, progress=False, **options)
+    x = run.sample(2000).double()
+    near = torch.cdist(x, p.means).amin(1) < 0.6  # three standard deviations: 98.9 % of the data
+    assert near.double().mean() > 0.85 and (p.modes(x)[0] - 0.5).abs().max() < 0.15
