@@ -20,6 +20,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast.engine import Feed, Loop, Method, State, checkpoint, distributed, together
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
+from diffgan_fast.methods.gan import GAN
 from diffgan_fast.report.run import PRIOR_LIMIT
 from diffgan_fast.run import Run, build, fingerprint, load, pick_device
 from diffgan_fast.selection import Selection
@@ -249,12 +250,12 @@ def _resolve(method, data, preset, base, critic, model, generator, device, subse
     judge = load(critic, data=source, device=where) if isinstance(critic, str | Path) else critic
     dictated = _dictated(base, DENOISER_OPTIONS, "base")
     if isinstance(judge, Run):
-        suits = judge.method.name == "gan" and judge.method.kind == "dcgan"  # type: ignore[attr-defined]
-        if not suits or "critic_start" not in known_to(kind):
+        source_method = judge.method
+        if not isinstance(source_method, GAN) or source_method.kind != "dcgan" or "critic_start" not in known_to(kind):
             raise ValueError(
-                f"critic must be a network for method {method!r}: a run of 'gan' (DCGAN) suits methods 1 and 2"
+                f"critic must be a network for method {method!r}: a run of 'gan' with DCGAN's suits methods 1 and 2"
             )
-        critic, dictated = None, dictated | _dictated(judge, ("critic_width",), "critic")
+        critic, dictated = None, dictated | {"critic_width": (source_method.widths[1], "critic")}
     else:
         judge = None
     for name in dictated.keys() & options.keys():
@@ -327,7 +328,7 @@ def _with_largest_batch(start: _Start, folder: Path, seed: int) -> Method:
 def _dictated(run: Run | None, names: Sequence[str], source: str) -> dict[str, tuple[Any, str]]:
     """The options that a run to start from leaves no choice in: name -> (value, what the run is here)."""
     config = {} if run is None else run.method.config.to_dict()
-    return {name: (config[name], source) for name in names if config.get(name) is not None}
+    return {name: (config[name], source) for name in names if name in config}
 
 
 def _selection(start: _Start) -> Selection:

@@ -15,6 +15,7 @@ from diffgan_fast.engine import FlatAdamW, Method, State, TrainConfig, evaluatin
 from diffgan_fast.ops import r1_penalty
 
 SLOPE = 0.2  # of the MLP critic's LeakyReLU
+WIDTHS = {"dcgan": (64, 64), "sngan": (256, 128), "mlp": (128, 128)}  # of generator and critic
 
 # Settings that both arms of a comparison have in common
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,6 +75,12 @@ class GeneratorMethod(Method):
             )
         return chosen
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the generator and the critic."""
+        usual = WIDTHS[self.kind]
+        return self.config.width or usual[0], self.config.critic_width or usual[1]
+
     def networks(self, given):
         return {
             "generator": given["generator"] if "generator" in given else self.make_generator(),
@@ -82,24 +89,24 @@ class GeneratorMethod(Method):
 
     def make_generator(self) -> nn.Module:
         """A new generator for this data."""
-        kind, width, z_dim = self.kind, self.config.width, self.config.z_dim
+        kind, width, z_dim = self.kind, self.widths[0], self.config.z_dim
         if kind == "mlp":
-            return nets.MLPGenerator(self.shape[0], z_dim=z_dim, hidden=width or 128)
+            return nets.MLPGenerator(self.shape[0], z_dim=z_dim, hidden=width)
         channels, size, _ = self.shape
         if kind == "sngan":
-            return nets.SNGANGenerator(channels, size, z_dim=z_dim, width=width or 256)
-        return nets.DCGANGenerator(channels, size, z_dim=z_dim, width=width or 64)
+            return nets.SNGANGenerator(channels, size, z_dim=z_dim, width=width)
+        return nets.DCGANGenerator(channels, size, z_dim=z_dim, width=width)
 
     def make_critic(self, inputs: tuple[str, ...] = ("x",)) -> nets.Critic:
         """A new critic for this data that sees `inputs`."""
-        kind, width = self.kind, self.config.critic_width
+        kind, width = self.kind, self.widths[1]
         if kind == "mlp":
-            return nets.MLPCritic(self.shape[0], width or 128, 2, slope=SLOPE, inputs=inputs)
+            return nets.MLPCritic(self.shape[0], width, 2, slope=SLOPE, inputs=inputs)
         channels, size, _ = self.shape
         if kind == "sngan":
-            return nets.SNGANCritic(channels, size, width=width or 128, inputs=inputs)
+            return nets.SNGANCritic(channels, size, width=width, inputs=inputs)
         norm = None if self.config.critic_norm == "none" else self.config.critic_norm
-        return nets.DCGANCritic(channels, size, width=width or 64, norm=norm, inputs=inputs, init="dcgan")
+        return nets.DCGANCritic(channels, size, width=width, norm=norm, inputs=inputs, init="dcgan")
 
     def optimizers(self, nets):
         c = self.config

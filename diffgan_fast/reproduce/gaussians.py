@@ -22,16 +22,20 @@ from diffgan_fast.run import Run
 DATA = "gaussians25"
 # What both arms have, and what Diffusion-GAN has beside it
 COMMON: dict[str, Any] = dict(
-    steps=20_000,
+    steps=40_000,
     batch_size=256,
     z_dim=2,
-    lr=1e-3,
-    critic_lr=1e-3,
+    lr=2e-3,
+    critic_lr=2e-3,
     lr_schedule="cosine",
     log_every=100,
     sample_every=0,
 )
-ARMS: dict[str, dict[str, Any]] = {"gan": {}, "diffusion-gan": dict(sigma=0.5, condition="none")}
+# points two apart want noise of that size; d_target keeps the critic's logits of real and generated points close
+ARMS: dict[str, dict[str, Any]] = {
+    "gan": {},
+    "diffusion-gan": dict(sigma=1.0, d_target=0.3, ada_kimg=50.0, condition="none"),
+}
 SET_BY_STUDY = {name for arm in ARMS.values() for name in arm}
 GOAL = (25, 0.9, 120.0)  # modes, share of high-quality samples, seconds of training on two cores: of every seed
 SCORES = ("modes", "high_quality", "modes_real", "high_quality_real")

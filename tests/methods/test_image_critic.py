@@ -272,8 +272,12 @@ def test_a_critic_that_does_not_suit_is_named(runs, tmp_path):
     for name in ("method3", "method4", "discriminator-guidance", "ddpm"):
         with pytest.raises(ValueError, match=f"critic must be a network for method '{name}'"):
             dgf.train(name, IMAGES, out, critic=gan, **TINY)
-    with pytest.raises(ValueError, match="critic must be a network for method 'method1': a run of 'gan' suits"):
-        tune("method1", out, runs, critic=base)
+    other = dgf.train("gan", IMAGES, tmp_path / "sngan", network="sngan", steps=0, critic_width=4, progress=False)
+    for run in (base, other):
+        with pytest.raises(
+            ValueError, match="critic must be a network for method 'method1': a run of 'gan' with DCGAN"
+        ):
+            tune("method1", out, runs, critic=run)
     with pytest.raises(ValueError, match="critic_width is 4 in the critic run, and cannot be 8 here"):
         tune("method2", out, runs, critic=gan, critic_width=8)
     with pytest.raises(ValueError, match="holds no run"):

@@ -1,3 +1,4 @@
+import re
 from io import BytesIO
 from xml.etree import ElementTree
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgan_fast.report import curves, levels, tradeoff
+from diffgan_fast.report import curves, functions, levels, tradeoff
 from diffgan_fast.report.plots import _series, _smoothed
 
 HISTORY = [{"step": s, "loss": 2.0 ** (-s / 50), "logit": s / 100 - 1, "same": 3} for s in range(0, 400, 4)]
@@ -89,3 +90,17 @@ def test_a_tradeoff_names_every_method():
     for bad in ({}, {"a": []}, {"a": [(0.0, 1.0)]}):
         with pytest.raises(ValueError, match="points must hold"):
             tradeoff(bad, "seconds", "FID")
+
+
+def test_functions_have_linear_axes_and_the_variables_name():
+    rows = [{"θ": x / 10, "js": 10.0 ** (x / 10)} for x in range(-30, 31)]
+    drawn = functions(rows, "θ", {"js": "divergence"}, "Divergence")
+    steps = [{"step": row["θ"], "js": row["js"]} for row in rows]
+    assert drawn != curves(steps, {"js": "divergence"}, "Divergence", smooth=0)  # which is logarithmic here
+    moved = functions([{"θ": row["θ"], "js": row["js"] - 500} for row in rows], "θ", {"js": "divergence"}, "Divergence")
+    heights = [
+        re.findall(r"[ML] \S+ (\S+)", re.findall(r'd="([^"]*)" clip-path', x.decode())[-1]) for x in (drawn, moved)
+    ]
+    assert len(heights[0]) == 61 and heights[0] == heights[1]  # a shifted function is the same curve on a linear axis
+    with pytest.raises(ValueError, match="no row holds a finite value of none at some 'θ'"):
+        functions(rows, "θ", ["none"])
