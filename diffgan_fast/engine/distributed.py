@@ -89,7 +89,7 @@ def exchanging() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(f"another process of this run has ended ({str(error).splitlines()[0]})") from error
+        raise ProcessLost("another process of this run has ended") from error
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:
