@@ -53,6 +53,12 @@ def _word_or_int(text: str) -> str | int:
     return int(text) if text.removeprefix("-").isdigit() else text
 
 
+def _tell(text: str, err: bool = False) -> None:
+    """Prints it once, however many processes there are."""
+    if distributed.is_main():
+        typer.echo(text, err=err)
+
+
 def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     """One config field as a flag. None means that the flag was not given, so that a preset can speak."""
     meta = field.metadata
@@ -80,10 +86,9 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
         try:
             run = dgf.train(name, data, out, resume=resume, **given)
         except KeyboardInterrupt:
-            typer.echo("stopped; a checkpoint is written. The same command with --resume goes on from it.", err=True)
+            _tell("stopped; a checkpoint is written. The same command with --resume goes on from it.", err=True)
             raise typer.Exit(130) from None
-        if distributed.is_main():
-            typer.echo(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
+        _tell(f"{run.path}: {run.state.step} steps in {run.seconds:.1f} s; report: {run.path / 'report.html'}")
 
     presets = ", ".join(config.PRESETS) or "none"
     common: dict[str, tuple[Any, Any]] = {

@@ -44,7 +44,11 @@ def join(device: torch.device) -> None:
             if local >= found:
                 raise ValueError(f"device 'cuda': torch sees {found} CUDA devices, of which process {local} has none")
             torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun's store outlives a restart: what the last attempt's processes left in it must not be found
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
         atexit.register(_leave)
     if size() > 1:
         config = dist.get_backend_config()
@@ -89,7 +93,7 @@ def exchanging() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(f"another process of this run has ended ({str(error).splitlines()[0]})") from error
+        raise ProcessLost("another process of this run has ended") from error
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,9 @@ class Loop:
                 self.save()
                 raise
             except distributed.ProcessLost as error:
-                raise TrainingError(f"{error} at step {state.step + 1}; {self._last_good()}") from error
+                raise TrainingError(
+                    f"{error} at step {state.step + 1}; {self._last_good()} ({error.__cause__})"
+                ) from error
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:

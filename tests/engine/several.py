@@ -13,7 +13,7 @@ from torch import nn
 
 import diffgan_fast as dgf
 from diffgan_fast import api, nets, report
-from diffgan_fast.engine import FlatAdamW, State, batch_norm, together
+from diffgan_fast.engine import FlatAdamW, State, batch_norm, distributed, together
 
 STEPS = 20
 COMMON = dict(steps=STEPS, batch_size=8, log_every=5, sample_every=0, checkpoint_every=0, progress=False)
@@ -50,7 +50,8 @@ class Net(nn.Module):
 
 
 def net():
-    torch.manual_seed(5)
+    """Another one in each process: the main process's counts."""
+    torch.manual_seed(5 + distributed.rank())
     return Net()
 
 
@@ -177,13 +178,14 @@ def second_order() -> str:
 
 
 def die(folder: Path) -> None:
-    """A run whose process 1 is killed after step 8."""
+    """A run to step 12 whose process 1 is killed after step 8, once: torchrun then starts all anew."""
 
     def end(run, row):
-        if os.environ["RANK"] == "1" and row["step"] == 8:
+        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and row["step"] == 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train("ddpm", folder, width=8, T=4, log_every=1, checkpoint_every=5, callbacks=[end])
+    options = dict(steps=12, log_every=1, checkpoint_every=5, keep=1, resume=True)
+    train("ddpm", folder, width=8, T=4, callbacks=[end], **options)
 
 
 def main(what: str, folder: Path) -> None:

@@ -34,3 +34,15 @@ def test_flips_mirror_about_half_of_the_images():
     f = Feed(data.load(images), 1000, 7, torch.device("cpu"), flip=True)
     share = float((f.batch(0).x[..., 1] == 1).float().mean())
     assert 0.4 < share < 0.6 and not torch.equal(f.batch(0).x, f.batch(1).x)
+
+
+def test_parts_of_a_batch_make_up_the_whole():
+    """Samples, labels and flips, across the end of an epoch; each part knows its place."""
+    images = torch.arange(10 * 2, dtype=torch.float32).view(10, 1, 1, 2) / 20
+    f = Feed(data.load(images, labels=torch.arange(10)), 8, 7, torch.device("cpu"), flip=True)
+    for step in range(4):
+        whole = f.batch(step)
+        parts = [f.batch(step, slice(first, first + 2)) for first in range(0, 8, 2)]
+        assert torch.equal(torch.cat([p.x for p in parts]), whole.x)
+        assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
+        assert [p.first_sample for p in parts] == [0, 2, 4, 6] and whole.first_sample == 0
