@@ -15,13 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
-from diffgan_fast.api import known_to, train
+from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
 from diffgan_fast.demo import BASE
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.reproduce.images_page import write_page
 from diffgan_fast.reproduce.study import check
 from diffgan_fast.run import Run, load
+from diffgan_fast.start import known_to
 
 BATCH = 128
 CAP = 10  # the control is trained on for at most so many times its own images to equal a configuration's seconds
