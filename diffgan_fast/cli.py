@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,9 @@ def evaluate(
     extractor: Annotated[
         str | None, typer.Option(help=f"{', '.join(dgf.metrics.extractors())} [default: domain]", show_default=False)
     ] = None,
+    max_reference: Annotated[
+        int, typer.Option(help="real images that samples are measured against at most, a fixed choice (0: all)")
+    ] = 10_000,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     best: Best = False,
     sampler: Sampler = None,
@@ -179,12 +183,15 @@ def evaluate(
 ) -> None:
     """Measure a run's samples, or samples made by anything else, against a data set."""
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
-    names = [name for given in metrics or () for name in given.split(",")] or None
+    names = [name.strip() for given in metrics or () for name in given.split(",")] or None
+    if n is not None and n < 2:
+        raise ValueError(f"n must be at least 2, got {n}")
     is_run = (what / "config.json").exists()
     if (how or best) and not is_run:
         raise ValueError(f"{', '.join(how or ['best'])} must not be given: {what} is no run to sample from")
     if is_run and against is None:
-        result = dgf.load(what, device=device, best=best).evaluate(n or 2000, metrics=names, extractor=extractor, **how)
+        given: dict[str, Any] = {"metrics": names, "extractor": extractor, "max_reference": max_reference or None}
+        result = dgf.load(what, device=device, best=best).evaluate(n or 2000, **given, **how)
         report.write_run(what)
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
@@ -192,12 +199,19 @@ def evaluate(
         if is_run:
             samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
         else:
-            samples = _stored(what, n)
+            samples = _stored(what, n, dgf.data.load(against))
         data, on = dgf.data.load(against), pick_device(device)
         held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
+        options["max_reference"] = max_reference or None
         result = dgf.metrics.evaluate(samples, data.to(on), **options)
-    typer.echo(json.dumps(result, indent=1) if as_json else _scores([{"method": what.name, **result}]))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        notes = report.score_notes(result)
+        if "spread" in result:
+            notes.append("± is the standard deviation over random halves of the samples.")
+        typer.echo("\n".join([report.table(report.score_rows(result), report.SCORE_COLUMNS), *notes]))
 
 
 def _told(**options: Any) -> dict[str, Any]:
@@ -205,16 +219,29 @@ def _told(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _stored(path: Path, n: int | None) -> torch.Tensor:
-    """Samples from a folder or zip of images, or from the array "samples", or the only one, of an .npz file."""
+def _stored(path: Path, n: int | None, like: dgf.data.Data) -> torch.Tensor:
+    """Samples from a folder or zip of images, or an .npz: its array "samples", or "arr_0", or its only one.
+
+    Grey images may be stored as colours, or colours be wanted of grey ones.
+    """
     if path.suffix != ".npz":
         found = dgf.data.load(path)
     else:
-        with np.load(path) as file:
-            if "samples" not in file and len(file.files) != 1:
-                raise ValueError(f"{path} must hold the array samples, or only one; it holds {', '.join(file.files)}")
-            found = dgf.data.load(file["samples" if "samples" in file else file.files[0]])
-    return (found if n is None else found.subset(n)).batch(slice(None))
+        try:
+            with np.load(path) as file:
+                names = [name for name in ("samples", "arr_0") if name in file] or list(file.files)
+                if len(names) != 1 and "samples" not in names:
+                    raise ValueError(f"must hold the array samples, or only one; it holds {', '.join(file.files)}")
+                found = dgf.data.load(file[names[0]])
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz of samples: {error}") from error
+    samples = (found if n is None else found.subset(n)).batch(slice(None))
+    if samples.ndim == 4 and len(like.shape) == 3 and samples.shape[1] != like.shape[0]:
+        if samples.shape[1] == 1:
+            return samples.expand(-1, like.shape[0], -1, -1)
+        if like.shape[0] == 1 and (samples == samples[:, :1]).all():
+            return samples[:, :1]
+    return samples
 
 
 @app.command()

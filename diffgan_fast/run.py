@@ -166,6 +166,7 @@ class Run:
         metrics: Sequence[str] | None = None,
         seed: int = 1,
         extractor: Any = None,
+        max_reference: int | None = 10_000,
         **how: Any,
     ) -> dict[str, Any]:
         """Measures n samples against the training data, by default with all metrics for this kind of data.
@@ -178,7 +179,8 @@ class Run:
         samples = self.sample(n, seed, **how)
         seconds = time.perf_counter() - started
         held_out = self.reference("test") if self.named else None
-        result = measures.evaluate(samples, self.reference(), metrics=metrics, extractor=extractor, held_out=held_out)
+        given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
+        result = measures.evaluate(samples, self.reference(), held_out=held_out, **given)
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
@@ -195,8 +197,9 @@ class Run:
         """What `evaluate(n, seed=seed)` gives: read from the file that it is kept in, if that holds it."""
         stored = json.loads(self._evaluation.read_text()) if self._evaluation.exists() else {}
         known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
-        known = known and not stored.get("sampling")
-        return stored if known and not stored.keys().isdisjoint(("kid", "kl")) else self.evaluate(n, seed=seed)
+        usual = stored.get("extractor", {}).get("name", "domain") == "domain" and not stored.get("sampling")
+        wanted = measures.available(self.reference()).keys() - {"fid_infinity"}
+        return stored if known and usual and wanted <= stored["labels"].keys() else self.evaluate(n, seed=seed)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:
         """Writes the sampling network's weights as one safetensors file for plain torch.

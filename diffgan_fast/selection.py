@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from diffgan_fast import metrics
 from diffgan_fast.data import Data
 from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
@@ -17,13 +19,13 @@ class Selection:
     """Measures a run at chosen steps, and keeps the checkpoint that is best by one metric.
 
     Args:
-        config: `evaluate_n` and `best_by`.
-        data: what the run is trained on, whose classifier gives the features.
+        config: `evaluate_n`, `evaluate_on` and `best_by`.
+        data: what the run is trained on; of images, the classifier "domain" is that of its classes.
         against: what samples are measured against. Not the split that the final scores are taken on, where there is
             another: a checkpoint that was chosen by a score has a better one there than on new data.
 
     Raises:
-        ValueError: the data have no labels for a classifier, or `best_by` is no metric for them.
+        ValueError: the data have no labels for a classifier, `best_by` is no metric for them, or they are too few.
     """
 
     def __init__(self, config: TrainConfig, data: Data, against: Data):
@@ -32,19 +34,26 @@ class Selection:
         fitting = metrics.available(data)
         if self.metric not in fitting:
             raise ValueError(f"best_by must be one of {', '.join(fitting)} for data {data.name!r}, got {self.metric!r}")
-        self.extractor = None if data.points else metrics.find_extractor("domain", data)
+        self.extractor = None if data.points else metrics.find_extractor(config.evaluate_on, data)
+        self._scores(against.batch(slice(0, self.n)))  # what cannot be measured is told before training
+
+    def _scores(self, samples: Tensor) -> dict[str, Any]:
+        names = {self.metric} | {name for name in metrics.available(self.against) if name != "fid_infinity"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metrics.SmallSampleWarning)  # it would come again at every step
+            return metrics.evaluate(
+                samples, self.against, metrics=sorted(names), extractor=self.extractor, floors=False, halves=0
+            )
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """The run's scores now, for its history. TrainingError if a sample is not finite."""
         samples, step = run.sample(self.n, SEED), run.state.step
         if not samples.isfinite().all():
             raise TrainingError(f"samples at step {step} are not finite")
-        names = {self.metric} | {name for name in metrics.available(self.against) if name != "fid_infinity"}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", metrics.SmallSampleWarning)  # it would come again at every step
-            scores = metrics.evaluate(samples, self.against, metrics=sorted(names), extractor=self.extractor, halves=0)
+        scores = self._scores(samples)
         value, sign = scores[self.metric], -1 if self.metric in metrics.HIGHER_IS_BETTER else 1
         best = checkpoint.best(run.path)
         if best is None or sign * value < sign * best["value"]:
             checkpoint.save_best(run.path, run.state, {"metric": self.metric, "value": value})
-        return {name: scores[name] for name in ("n", *scores["labels"], "labels")}
+        kept = ("n", "reference_n", *scores["labels"], "labels", "extractor")
+        return {name: scores[name] for name in kept if name in scores}

@@ -124,3 +124,28 @@ def test_info_lists_every_back_end(capsys):
     assert facts["backends"]["reference"]["available"] is True
     for row in facts["backends"].values():
         assert row["available"] or row["reason"]
+
+
+def test_evaluate_takes_what_others_store(capsys, tmp_path):
+    grey = dgf.data.to_uint8(dgf.data.load("digits", subset=30).batch(slice(None)))
+    np.savez(tmp_path / "grey.npz", samples=grey.permute(0, 2, 3, 1).numpy())
+    np.savez(
+        tmp_path / "labelled.npz", arr_0=grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), arr_1=np.arange(30)
+    )
+    (tmp_path / "damaged.npz").write_bytes(b"PK no archive")
+    options = ("--against", "digits", "--metrics", "fid, kid", "--json")
+    found = [
+        json.loads(run(capsys, "evaluate", str(tmp_path / f"{name}.npz"), *options).out)
+        for name in ("grey", "labelled")
+    ]
+    assert found[0] == found[1] and set(found[0]["labels"]) == {"fid", "kid"}
+    assert (
+        "damaged.npz is no .npz of samples"
+        in run(capsys, "evaluate", str(tmp_path / "damaged.npz"), *options, code=2).err
+    )
+    assert (
+        "n must be at least 2, got 0"
+        in run(capsys, "evaluate", str(tmp_path / "grey.npz"), *options, "--n", "0", code=2).err
+    )
+    table = run(capsys, "evaluate", str(tmp_path / "grey.npz"), "--against", "digits", "--metrics", "kid").out
+    assert "±" in table and "real data" in table

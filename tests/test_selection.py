@@ -59,7 +59,7 @@ def test_points_are_chosen_by_kl(tmp_path):
         "ddpm", "moons", tmp_path, subset=300, steps=2, T=4, evaluate_every=1, evaluate_n=50, progress=False
     )
     found = scored(run)
-    assert list(found) == [1, 2] and set(found[1]) == {"n", "kl", "labels"}
+    assert list(found) == [1, 2] and set(found[1]) == {"n", "reference_n", "kl", "labels"}
     assert dgf.load(tmp_path, best=True).state.step == min(found, key=lambda step: found[step]["kl"])
 
 
@@ -106,6 +106,11 @@ def test_what_cannot_be_is_named(tmp_path):
         train(out, evaluate_every=1, best_by="kl")
     with pytest.raises(ValueError, match="no labels"):
         dgf.train("ddpm", torch.rand(20, 1, 8, 8), out, model=Net(), T=4, evaluate_every=1)
+    with pytest.raises(ValueError, match="one of domain, inception, vgg16, effl0, not 'pixels'"):
+        train(out, evaluate_every=1, evaluate_on="pixels")
+    few = dgf.data.ImageData(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), torch.arange(9) % 3)
+    with pytest.raises(ValueError, match="k must be 1..4|density_k|more than k|classes"):  # before it trains
+        dgf.train("ddpm", few.subset(4), out, model=Net(), T=4, evaluate_every=1, progress=False)
     with pytest.raises(ValueError, match="evaluate_n must be at least 10"):
         train(out, evaluate_n=3)
     assert not out.exists()

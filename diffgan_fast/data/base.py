@@ -91,7 +91,7 @@ class Data(ABC):
             return 0
         return len(self.classes) or int(self.labels.max()) + 1
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """BLAKE2b (32 hex digits) of type, shape, values and labels: the key for what is cached."""
         digest = blake2b(digest_size=16)

@@ -51,6 +51,7 @@ class TrainConfig:
         0, "steps between evaluations, by which the best checkpoint is kept (0: none)", unit="steps", low=0
     )
     evaluate_n: int = option(1000, "samples of such an evaluation", low=10)
+    evaluate_on: str = option("domain", "the features that images are measured on: domain, effl0, inception or vgg16")
     best_by: str | None = option(None, "the metric of the best checkpoint (none: kid of images, kl of points)")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}

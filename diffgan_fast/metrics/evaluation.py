@@ -26,6 +26,7 @@ from .neighbours import prdc
 HIGHER_IS_BETTER = frozenset(
     ("is", "precision", "recall", "density", "coverage", "modes", "high_quality")
 )  # else lower is
+LEAST_TO_COMPARE = 10_000  # samples, with which papers measure
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
 MODE_RADIUS, LEAST_OF_MODE = 3, 20  # standard deviations that count as near, and samples that make a mode covered
 
@@ -219,12 +220,23 @@ def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
             f"IS is biased downwards by up to {(k - 1) / 2 / len(fake):.1%}: {len(fake):,} samples are few for {k:,} "
             f"classes. Take {50 * k:,} or more."
         )
+    if "fid_infinity" in metrics and n // 10 < 2 * d:
+        found.append(
+            f"FID∞ is a line through FIDs of {max(2, n // 10):,} samples and more, of {d:,} features: FID's bias is "
+            f"nearly linear only from about {2 * d:,} on. Take {20 * d:,} samples or more."
+        )
     if n < 1000 and (shares := [name for name in metrics if _METRICS[name].score is _prdc]):
         found.append(f"{', '.join(shares).capitalize()} of {n:,} samples are coarse: take 1,000 or more.")
     return found
 
 
-def _check(samples: Tensor, data: Data, metrics, extractor, halves: int) -> None:
+def _check(samples: Tensor, data: Data, metrics, extractor, halves: int, max_reference: int | None) -> None:
+    if not isinstance(data, Data):
+        raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"samples must be a tensor, not {type(samples).__name__}")
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics must be a sequence of names, not {metrics!r}")
     if unknown := [m for m in metrics if m not in available(data)]:
         found = f"{', '.join(map(repr, unknown))}: data {data.name!r} holds {'points' if data.points else 'images'}"
         raise ValueError(f"metrics must be among {', '.join(available(data))}, not {found}")
@@ -235,6 +247,10 @@ def _check(samples: Tensor, data: Data, metrics, extractor, halves: int) -> None
         raise ValueError(f"samples must be floats, not {samples.dtype}; images lie in [-1, 1]")
     if not torch.isfinite(samples).all():
         raise ValueError("samples must be finite; they hold NaN or infinity")
+    if not data.points and (largest := float(samples.abs().max())) > 2:
+        raise ValueError(f"samples must lie in [-1, 1], as images do here; they reach {largest:g}")
+    if max_reference is not None and max_reference < 2:
+        raise ValueError(f"max_reference must be at least 2, or None for all, not {max_reference}")
     if extractor is not None and data.points:
         raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
     if not (extractor is None or isinstance(extractor, str) or callable(extractor)):
@@ -251,7 +267,8 @@ def _points(data: Data) -> Extracted:
 def _floor_pair(held_out: Data | None, reference: _Reference, n: int, extract) -> tuple[_Reference, Extracted]:
     """Reference and up to n real samples in place of generated ones: held out, or the other half of the reference."""
     if held_out is not None:
-        return reference, extract(held_out.subset(min(n, len(held_out))))
+        found = extract(held_out)  # all of it, so that it is cached once
+        return reference, found.part(_order(len(found))[:n])
     order = _order(len(reference.real))
     half = len(order) // 2
     return _Reference(reference.real.part(order[half:]), reference.modes), reference.real.part(order[: min(n, half)])
@@ -264,6 +281,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     extractor=None,
     held_out: Data | None = None,
+    floors: bool = True,
     max_reference: int | None = 10_000,
     halves: int = 10,
 ) -> dict[str, Any]:
@@ -284,6 +302,7 @@ def evaluate(
             :class:`DomainClassifier` of ``data``. Points have none.
         held_out: real data for the floors, normally the test split; None sets one half of the reference
             against the other. The floor takes n of them, or as many as there are.
+        floors: whether real data are measured too.
         max_reference: if there are more images in ``data``, a fixed random choice of this many is the reference; None
             takes all. Points are always all taken: the bias of "kl" depends on their number. Precision, recall, density
             and coverage take as many real samples as there are samples, or the other way round.
@@ -298,7 +317,8 @@ def evaluate(
         - with logits: ``mean_top_probability`` of the samples, ``smallest_class_share``, the share of the samples that
           are of the rarest class (both 0..1), and ``classes_covered``;
         - of images, ``extractor``: its name, hash and ``comparable``, which is also a value of its own: whether scores
-          may be compared with published ones;
+          may be compared with published ones, for which the weights must be the public ones, the reference all of
+          ``data`` (a whole training split), and the samples 10,000 or more;
         - ``labels``: how each metric is to be called in print, for example "FID (domain)";
         - ``warnings``: sentences that say which scores are of too few samples, and why. They are given as
           :class:`SmallSampleWarning` too.
@@ -307,8 +327,9 @@ def evaluate(
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
         FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
-    metrics = [m for m in available(data) if _METRICS[m].default] if metrics is None else metrics
-    _check(samples, data, metrics, extractor, halves)
+    if metrics is None:
+        metrics = [m for m in available(data) if _METRICS[m].default]
+    _check(samples, data, metrics, extractor, halves, max_reference)
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)
     if data.points:
@@ -318,16 +339,17 @@ def evaluate(
             extractor = find_extractor(extractor or "domain", data)
         about, extract_from = describe(extractor), partial(features_of, extractor)
         if max_reference is not None and len(data) > max_reference:
-            data = data.subset(max_reference)
+            data, about["comparable"] = data.subset(max_reference), False
+        about["comparable"] &= len(samples) >= LEAST_TO_COMPARE
         fake = extract(extractor, samples.split(BATCH), len(samples))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
     reference = _Reference(extract_from(data), getattr(data, "modes", None))
-    floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
-    scores, floors = _scores(metrics, reference, fake), _scores(metrics, floor_reference, floor)
-    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), "floor_n": len(floor)}
-    for name in metrics:
-        result |= {name: scores[name], _METRICS[name].floor: floors[name]}
+    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), **_scores(metrics, reference, fake)}
+    if floors:
+        floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
+        real = _scores(metrics, floor_reference, floor)
+        result |= {"floor_n": len(floor), **{_METRICS[name].floor: real[name] for name in metrics}}
     if halves and len(samples) >= LEAST_FOR_SPREAD:
         result["spread"] = _spread(metrics, reference, fake, halves)
     if fake.logits is not None:

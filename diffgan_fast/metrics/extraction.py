@@ -61,9 +61,13 @@ def extract(extractor, images: Iterable[Tensor], n: int) -> Extracted:
         for batch in images:
             out = extractor(quantise(batch))
             f, z = out if isinstance(out, tuple) else (out, None)
+            if not isinstance(f, Tensor) or not (z is None or isinstance(z, Tensor)):
+                raise ValueError("extractor must give a tensor of features, or (features, logits)")
             if f.ndim != 2 or len(f) != len(batch):
                 raise ValueError(f"extractor must give features [{len(batch)}, d], not {list(f.shape)}")
             features.append(f)
+            if z is not None and (z.ndim != 2 or len(z) != len(batch)):
+                raise ValueError(f"extractor must give logits [{len(batch)}, K], not {list(z.shape)}")
             logits += [] if z is None else [z]
             bar.update(len(batch))
     return Extracted(torch.cat(features), torch.cat(logits) if logits else None)

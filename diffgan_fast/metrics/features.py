@@ -113,9 +113,10 @@ class DomainClassifier(nn.Module):
         if data.labels is None:
             raise ValueError(
                 f"data {data.name!r} has no labels, so no domain classifier can be trained on it: pass "
-                "labels= [N] to load, or extractor= (a callable: images -> features [n, d]) to evaluate"
+                "labels= [N] to load, or another extractor: 'effl0', or a callable, images -> features [n, d] "
+                "(--extractor effl0; in training evaluate_on='effl0')"
             )
-        if data.name == "digits" and data.shape == (1, 8, 8):
+        if data.name == "digits" and data.shape == (1, 8, 8) and data.num_classes == 10:
             return cls.load(DIGITS_WEIGHTS).to(data.values.device)
         path = cache_dir() / "classifiers" / f"{data.fingerprint}-{RECIPE}.safetensors"
         if not path.exists():

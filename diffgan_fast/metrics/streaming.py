@@ -81,9 +81,10 @@ class _Collected(Streaming):
 
     def update(self, real=None, fake=None) -> Self:
         """Adds features ``[n, d]`` of either kind. Returns self."""
-        for kept, features in ((self._real, real), (self._fake, fake)):
+        for name, kept, features in (("real", self._real, real), ("fake", self._fake, fake)):
             if features is not None:
-                kept.append(torch.as_tensor(features).detach())
+                checked(features, name, least=1)
+                kept.append(torch.as_tensor(features).detach().clone())  # the caller may fill its buffer again
         return self
 
     def merge(self, other: Self) -> Self:
@@ -94,7 +95,8 @@ class _Collected(Streaming):
     def compute(self) -> Any:
         if not self._real or not self._fake:
             raise ValueError("both real and fake features are needed: call update first")
-        return self._score(torch.cat(self._real), torch.cat(self._fake))
+        device = self._real[0].device
+        return self._score(*(torch.cat([x.to(device) for x in kept]) for kept in (self._real, self._fake)))
 
 
 class KID(_Collected):

@@ -85,8 +85,9 @@ def score_notes(evaluation: Mapping) -> list[str]:
         weights = f" (weights {extractor['hash']})" if extractor.get("hash") else ""
         notes.append(f"Features: {extractor['name']}{weights}.")
     if evaluation.get("comparable") is False:
+        kind = "in-domain scores" if extractor.get("name") == "domain" else "scores of this set-up"
         notes.append(
-            "These are in-domain scores: compare them only with scores on the same features, never with published ones."
+            f"These are {kind}: compare them only with scores on the same features, never with published ones."
         )
     return notes + list(evaluation.get("warnings", []))
 

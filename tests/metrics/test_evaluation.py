@@ -243,3 +243,32 @@ def test_points_of_known_modes_are_counted():
     assert real["high_quality_real"] == pytest.approx(1 - np.exp(-4.5), abs=4e-3)
     with pytest.raises(ValueError, match="metrics must be among kl, not 'modes': data 'data' holds points"):
         evaluate(POINTS.values, POINTS, metrics=["modes"])
+
+
+def test_scores_compare_with_published_ones_only_as_they_are_measured():
+    """Public weights, the whole reference, 10,000 samples."""
+
+    class Public:
+        name, hash, comparable = "inception", None, True
+
+        def __call__(self, images):
+            return images.flatten(1)[:, :6].double()
+
+    many = REAL.repeat(30, 1, 1, 1)[:10_000]
+    few = evaluate(REAL, TRAIN, metrics=["fid"], extractor=Public(), halves=0)
+    whole = evaluate(many, TRAIN, metrics=["fid"], extractor=Public(), halves=0)
+    part = evaluate(many, TRAIN, metrics=["fid"], extractor=Public(), halves=0, max_reference=100)
+    assert [r["comparable"] for r in (few, whole, part)] == [False, True, False]
+    assert [r["labels"]["fid"] for r in (few, whole, part)] == ["FID (inception)", "FID", "FID (inception)"]
+
+
+def test_without_floors_only_the_samples_are_measured():
+    full, plain = (evaluate(REAL, TRAIN, metrics=["kid"], floors=floors, halves=0) for floors in (True, False))
+    assert plain["kid"] == full["kid"] and full.keys() - plain.keys() == {"floor_n", "kid_floor"}
+
+
+def test_data_that_change_are_measured_anew():
+    data = ImageData(TRAIN.images.clone(), TRAIN.labels)
+    before = data.fingerprint
+    data.images.zero_()
+    assert data.fingerprint != before

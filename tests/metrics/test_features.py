@@ -64,7 +64,7 @@ def test_sizes(shape, d):
 
 
 def test_what_does_not_fit_is_named(blobs):
-    with pytest.raises(ValueError, match="no labels.*pass labels= .* or extractor="):
+    with pytest.raises(ValueError, match="no labels.*pass labels= .*, or another extractor"):
         DomainClassifier.for_data(ImageData(blobs.images))
     with pytest.raises(ValueError, match=r"must be images .* not points \[3, 2\]"):
         DomainClassifier.for_data(FloatData(torch.zeros(3, 2), torch.arange(3)))

@@ -17,11 +17,10 @@ def fid_by_sqrtm(x, y):
 
 
 def fid_by_gram(x, y):
-    """The exact value for few rows: eigenvalues of the float64 Gram matrix."""
+    """The exact value for few rows: the nuclear norm of the float64 Gram matrix."""
     xc, yc = x - x.mean(0), y - y.mean(0)
     gram = xc @ yc.T / np.sqrt((len(x) - 1) * (len(y) - 1))
-    gram = gram if len(x) <= len(y) else gram.T
-    roots = np.sqrt(np.linalg.eigvalsh(gram @ gram.T).clip(0)).sum()
+    roots = np.linalg.svd(gram, compute_uv=False).sum()
     traces = np.square(xc).sum() / (len(x) - 1) + np.square(yc).sum() / (len(y) - 1)
     return np.square(x.mean(0) - y.mean(0)).sum() + traces - 2 * roots
 
@@ -48,6 +47,27 @@ def test_fid_is_exact_for_few_rows(n, m):
     x, y = features(n, 40, 1), features(m, 40, 2, 1.3, 0.2)
     assert fid(x, y) == pytest.approx(fid_by_gram(x, y), rel=1e-8)
     assert fid(x, y) == pytest.approx(fid_by_sqrtm(x, y), rel=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("n, m", [(60, 80), (80, 80), (50, 50)])
+def test_fid_is_exact_where_features_vary_by_orders_of_magnitude(n, m, power):
+    """As those of networks do; and with copies among the samples, as collapsed generators make them."""
+    decay = np.arange(1, 81) ** -power
+    x, y = features(n, 80, 1) * decay, features(m, 80, 2, 1.1, 0.01) * decay
+    assert fid(x, y) == pytest.approx(fid_by_gram(x, y), rel=1e-9)
+    y[::2] = y[1::2]
+    assert fid(x, y) == pytest.approx(fid_by_gram(x, y), rel=1e-9)
+
+
+def test_fid_against_a_covariance_where_features_vary():
+    decay = 1 / np.arange(1, 81)
+    x, y = features(50, 80, 1) * decay, features(400, 80, 2, 1.1, 0.01) * decay
+    rows, root = (x - x.mean(0)) / 7, linalg.cholesky(np.cov(y, rowvar=False), lower=True)
+    traces = np.cov(x, rowvar=False).trace() + np.cov(y, rowvar=False).trace()
+    norm = np.linalg.svd(rows @ root, compute_uv=False).sum()
+    want = np.square(x.mean(0) - y.mean(0)).sum() + traces - 2 * norm
+    assert fid(x, y) == pytest.approx(want, rel=1e-6)
 
 
 def test_fid_with_constant_features_and_of_itself():

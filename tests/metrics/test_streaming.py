@@ -88,6 +88,23 @@ def test_fid_against_known_moments():
     assert reference.n == len(REAL)
 
 
+@pytest.mark.parametrize("make", [KID, KnnKL, FID, lambda: PrecisionRecallDensityCoverage(3, 5)])
+def test_a_callers_buffer_may_be_filled_again(make):
+    buffer, whole, refilled = np.empty((5, 12)), make(), make()
+    for i in range(0, 10, 5):
+        buffer[:] = REAL[i : i + 5]
+        refilled.update(real=buffer)
+        whole.update(real=REAL[i : i + 5].copy())
+    assert refilled.update(fake=FAKE).compute() == whole.update(fake=FAKE).compute()
+
+
+def test_what_is_fed_is_checked_at_once():
+    with pytest.raises(ValueError, match=r"fake must be \[n, d\]"):
+        KID().update(fake=REAL[0])
+    with pytest.raises(ValueError, match="real must be finite"):
+        KnnKL().update(real=REAL * np.nan)
+
+
 GATHERED = """
 import sys
 import numpy as np
