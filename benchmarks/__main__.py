@@ -20,7 +20,7 @@ from diffgan_fast import backends
 
 NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics", "ddgan",
          "instance_noise")  # fmt: skip
-WHOLE = ("training", "points", "chain", "sampling", "metrics", "instance_noise")  # whole steps, measured in one process
+WHOLE = ("training", "points", "chain", "sampling", "metrics", "ddgan", "instance_noise")  # whole steps, measured in one process
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
