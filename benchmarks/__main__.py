@@ -18,9 +18,8 @@ from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
 
-NAMES = ("random", "noise", "step", "loss", "penalty", "training", "points", "chain", "sampling", "metrics", "ddgan",
-         "instance_noise")  # fmt: skip
-WHOLE = ("training", "points", "chain", "sampling", "metrics", "ddgan", "instance_noise")  # whole steps, measured in one process
+OPS = ("random", "noise", "step", "loss", "penalty")
+NAMES = (*OPS, "training", "points", "chain", "sampling", "metrics", "ddgan", "instance_noise")  # whole steps too
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             threads = {max(threads)}
         arguments.threads = sorted(threads)
     if arguments.processes is None:
-        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark in WHOLE
+        once = arguments.quick or arguments.device == "cuda" or arguments.benchmark not in OPS
         arguments.processes = 1 if once else 3
     return arguments
 
