@@ -16,16 +16,6 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(x.new_ones(()), x, y.T, alpha=1 / x.shape[1]).pow_(3)
 
 
-def _own_kernel(x: Tensor) -> Tensor:
-    """The kernel of all pairs of rows of one matrix, without those of a row with itself."""
-    if x.device.type == "cpu":
-        rows = x.numpy()  # NumPy sees that the product is symmetric, and computes one half of it
-        k = torch.from_numpy(rows @ rows.T).div_(x.shape[1]).add_(1).pow_(3)
-    else:
-        k = _kernel(x, x)
-    return k.fill_diagonal_(0)
-
-
 def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
     """For each column s of `of_x` [n, c] and t of `of_y` [m, c]: the sum of s_i k(x_i, y_j) t_j over all pairs."""
     total = x.new_zeros(of_x.shape[1])
@@ -40,10 +30,11 @@ def _within(x: Tensor, of_x: Tensor) -> Tensor:
     total = x.new_zeros(of_x.shape[1])
     for i in range(0, len(x), TILE):
         rows = of_x[i : i + TILE]
-        total += (rows * (_own_kernel(x[i : i + TILE]) @ rows)).sum(0)
-        for j in range(i + TILE, len(x), TILE):
+        for j in range(i, len(x), TILE):
             k = _kernel(x[i : i + TILE], x[j : j + TILE])
-            total += 2 * (rows * (k @ of_x[j : j + TILE])).sum(0)
+            if i == j:
+                k.fill_diagonal_(0)
+            total += (1 + (i != j)) * (rows * (k @ of_x[j : j + TILE])).sum(0)
     return total
 
 
