@@ -196,11 +196,11 @@ def evaluate(
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
     else:
+        data, on = dgf.data.load(against), pick_device(device)
         if is_run:
             samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
         else:
-            samples = _stored(what, n, dgf.data.load(against))
-        data, on = dgf.data.load(against), pick_device(device)
+            samples = _stored(what, n, data)
         held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
         options["max_reference"] = max_reference or None
@@ -210,7 +210,7 @@ def evaluate(
     else:
         notes = report.score_notes(result)
         if "spread" in result:
-            notes.append("± is the standard deviation over random halves of the samples.")
+            notes.append(report.SPREAD_NOTE)
         typer.echo("\n".join([report.table(report.score_rows(result), report.SCORE_COLUMNS), *notes]))
 
 

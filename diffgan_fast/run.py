@@ -198,7 +198,7 @@ class Run:
         stored = json.loads(self._evaluation.read_text()) if self._evaluation.exists() else {}
         known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
         usual = stored.get("extractor", {}).get("name", "domain") == "domain" and not stored.get("sampling")
-        wanted = measures.available(self.reference()).keys() - {"fid_infinity"}
+        wanted = set(measures.usual(self.reference()))
         return stored if known and usual and wanted <= stored["labels"].keys() else self.evaluate(n, seed=seed)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:

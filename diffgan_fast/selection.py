@@ -38,7 +38,7 @@ class Selection:
         self._scores(against.batch(slice(0, self.n)))  # what cannot be measured is told before training
 
     def _scores(self, samples: Tensor) -> dict[str, Any]:
-        names = {self.metric} | {name for name in metrics.available(self.against) if name != "fid_infinity"}
+        names = {self.metric, *metrics.usual(self.against)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", metrics.SmallSampleWarning)  # it would come again at every step
             return metrics.evaluate(

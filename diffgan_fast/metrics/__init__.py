@@ -3,7 +3,7 @@
 Each metric is a function on features and an object that is fed batch by batch; :func:`evaluate` brings them together.
 """
 
-from .evaluation import HIGHER_IS_BETTER, SmallSampleWarning, available, evaluate, label
+from .evaluation import HIGHER_IS_BETTER, SmallSampleWarning, available, evaluate, label, usual
 from .extractors import VGG, EffL0, Inception, extractors, find_extractor
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
@@ -45,4 +45,5 @@ __all__ = [
     "mode_coverage",
     "prdc",
     "precision_recall",
+    "usual",
 ]

@@ -168,6 +168,11 @@ def available(data: Data | None = None) -> dict[str, str]:
     }
 
 
+def usual(data: Data) -> list[str]:
+    """The metrics that :func:`evaluate` takes by default for this kind of data."""
+    return [name for name in available(data) if _METRICS[name].default]
+
+
 def label(metric: str, extractor=None) -> str:
     """How a score is called in print: "FID" on the features of published values only, else for example "FID (domain)".
 
@@ -328,7 +333,7 @@ def evaluate(
         FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
     if metrics is None:
-        metrics = [m for m in available(data) if _METRICS[m].default]
+        metrics = usual(data)
     _check(samples, data, metrics, extractor, halves, max_reference)
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)

@@ -6,11 +6,12 @@ from .images import grid, save_grid, strip
 from .plots import curves, functions, levels, tradeoff
 from .points import panels, scatter
 from .run import write_run
-from .scores import SCORE_COLUMNS, compared, recognisable_digits, score_notes, score_rows
+from .scores import SCORE_COLUMNS, SPREAD_NOTE, compared, recognisable_digits, score_notes, score_rows
 from .table import html_table, table
 
 __all__ = [
     "SCORE_COLUMNS",
+    "SPREAD_NOTE",
     "compared",
     "curves",
     "functions",

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import files
 from .html import Section, block, page, paragraph, picture, settings, tiles
 from .plots import curves, levels
-from .scores import SCORE_COLUMNS, recognisable_digits, score_notes, score_rows
+from .scores import SCORE_COLUMNS, SPREAD_NOTE, recognisable_digits, score_notes, score_rows
 from .table import MISSING, html_table, is_number, number
 
 PRIOR_LIMIT = 0.05  # of sqrt(abar_T): above it a reader is warned
@@ -137,7 +137,7 @@ def _evaluation(
     if evaluation:
         notes = score_notes(evaluation)
         if "spread" in evaluation:
-            notes.append("± is the standard deviation over random halves of the samples.")
+            notes.append(SPREAD_NOTE)
         if data in ("digits", "mnist") and (verdict := recognisable_digits(evaluation)):
             notes.insert(0, verdict)
         body = html_table(score_rows(evaluation), SCORE_COLUMNS) + "".join(paragraph(note, "note") for note in notes)

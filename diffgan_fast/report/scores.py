@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..metrics import HIGHER_IS_BETTER
 from .table import is_number
 
+SPREAD_NOTE = "± is the standard deviation over random halves of the samples."  # under tables that have that column
 SCORE_COLUMNS = {"metric": "metric", "value": "samples", "spread": "±", "floor": "real data"}
 
 _NOT_SCORES = {"n", "reference_n", "floor_n", "comparable", "step", "seed"}
