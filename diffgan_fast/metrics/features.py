@@ -19,7 +19,7 @@ from ..data.registry import cache_dir
 
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_classifier.safetensors")
 RECIPE = 1  # part of the cache's file names: raise it when the network or its training changes
-IMAGES_SEEN, BATCH, SEED = 60_000, 128, 0
+IMAGES_SEEN, MAX_EPOCHS, BATCH, SEED = 60_000, 600, 128, 0
 
 
 def quantise(x: Tensor) -> Tensor:
@@ -151,10 +151,10 @@ class DomainClassifier(nn.Module):
         return net
 
     def _fit(self, data: Data, order: Tensor, generator: torch.Generator) -> None:
-        """AdamW on a one-cycle learning rate, whole epochs that add up to about IMAGES_SEEN images."""
+        """AdamW on a one-cycle learning rate, whole epochs that add up to about IMAGES_SEEN images, or MAX_EPOCHS."""
         batch = min(BATCH, len(order))
         per_epoch = len(order) // batch
-        steps = per_epoch * max(1, round(IMAGES_SEEN / len(order)))
+        steps = per_epoch * min(MAX_EPOCHS, max(1, round(IMAGES_SEEN / len(order))))
         optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         self.train()
