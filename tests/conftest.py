@@ -17,6 +17,10 @@ import pytest  # noqa: E402
 import diffgan_fast as dgf  # noqa: E402
 from diffgan_fast import backends  # noqa: E402
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores, and so do their children
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` skip, visibly, where torch sees no CUDA device."""
