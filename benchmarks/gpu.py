@@ -14,6 +14,7 @@ failed or was not reached, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -57,7 +58,8 @@ def stages(out: Path) -> list[Stage]:
     if needs_build():
         install = [*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
         found.append(Stage("build", install, 300, {"DIFFGAN_FAST_CUDA": "1"}))
-    found.append(Stage("pytest", [*PYTHON, "pytest", "-q", "-ra", "--durations=10"], 600))
+    workers = ["-n", "4", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    found.append(Stage("pytest", [*PYTHON, "pytest", "-q", "-ra", "--durations=10", *workers], 600))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for backend in ("cuda", "triton"):
         ops = [*PYTHON, "benchmarks.sanitize", backend]
