@@ -79,6 +79,7 @@ class Run:
     ):
         self.path, self.method, self.state, self.seed, self.best = path, method, state, seed, best
         self._data, self.data_name, self.given = data, settings["data"], tuple(settings["given"])
+        self._size = settings.get("size")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.method.name}, step {self.state.step} of {self.method.config.steps})"
@@ -95,7 +96,7 @@ class Run:
 
     @property
     def named(self) -> bool:
-        """Whether the data are one of `dgf.datasets()`, which can be loaded again and have a test split."""
+        """Whether the data are one of `dgf.datasets()`."""
         return isinstance(self._data, str) and self._data in data_sets.datasets()
 
     def sample(
@@ -152,12 +153,12 @@ class Run:
         return torch.cat(parts)
 
     def reference(self, split: str = "train") -> data_sets.Data:
-        """All of "train", also if a subset was trained on, or the "test" split of a named data set."""
+        """All of "train", also if a subset was trained on, or the "test" split of a named data set or a folder."""
         if self._data is None:
             raise ValueError("this run was trained on your own data: pass it to dgf.load as data=")
         if split != "train" and not isinstance(self._data, str):
             raise ValueError(f"split must be 'train': {self.data_name!r} has no other")
-        return data_sets.load(self._data, split=split)
+        return data_sets.load(self._data, split=split, size=self._size)
 
     def evaluate(
         self,
@@ -178,13 +179,15 @@ class Run:
         started = time.perf_counter()
         samples = self.sample(n, seed, **how)
         seconds = time.perf_counter() - started
-        held_out = self.reference("test") if self.named else None
+        held_out = data_sets.load_test(self._data, size=self._size)
         given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
         result = measures.evaluate(samples, self.reference(), held_out=held_out, **given)
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
             result |= {} if loss is None else {"eval_loss": loss}
+        if self.best and held_out is None:
+            result["warnings"] += ["This checkpoint was chosen on the data that it is scored on, which flatters it."]
         result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed, "sampling": how}
         files.write(self._evaluation, json.dumps(result, indent=1) + "\n")
         return result

@@ -21,14 +21,17 @@ class Selection:
     Args:
         config: `evaluate_n`, `evaluate_on` and `best_by`.
         data: what the run is trained on; of images, the classifier "domain" is that of its classes.
-        against: what samples are measured against. Not the split that the final scores are taken on, where there is
-            another: a checkpoint that was chosen by a score has a better one there than on new data.
+        against: what samples are measured against: the test split where there is one, and not what the final scores are
+            taken on. A checkpoint that was chosen by a score has a better one there than on new data.
 
     Raises:
         ValueError: the data have no labels for a classifier, `best_by` is no metric for them, or they are too few.
     """
 
     def __init__(self, config: TrainConfig, data: Data, against: Data):
+        if against.shape != data.shape:
+            theirs, ours = list(against.shape), list(data.shape)
+            raise ValueError(f"the test split of data {data.name!r} must hold samples {ours} as it does, not {theirs}")
         self.n, self.against = config.evaluate_n, against
         self.metric = config.best_by or ("kl" if data.points else "kid")
         fitting = metrics.available(data)

@@ -79,6 +79,24 @@ def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
     assert "one of domain, inception, vgg16, effl0, not 'x'" in wrong.err
 
 
+def test_folders_of_mixed_sizes_are_resized(capsys, tmp_path):
+    data = dgf.data.load("digits", split="test", subset=60)
+    for i, image in enumerate(data.images):
+        where = tmp_path / "mixed" / str(int(data.labels[i]))
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).resize((8 + i,) * 2).save(where / f"{i}.png")
+    np.savez(tmp_path / "s.npz", data.images.numpy())
+    measure = ["evaluate", str(tmp_path / "mixed"), "--metrics", "kid", "--json", "--against"]
+    assert "pass size= (--size)" in run(capsys, *measure, "digits", code=2).err
+    for against in ("digits", str(tmp_path / "mixed")):
+        assert json.loads(run(capsys, *measure, against, "--size", "8").out)["n"] == 60
+    npz = ["evaluate", str(tmp_path / "s.npz"), "--size", "8", "--against", "digits"]
+    assert "size must not be given" in run(capsys, *npz, code=2).err
+    trained = ["train", "ddpm", "--data", str(tmp_path / "mixed"), "--out", str(tmp_path / "run"), "--size", "8", *FAST]
+    run(capsys, *trained)
+    assert dgf.load(tmp_path / "run").reference().shape == (1, 8, 8)
+
+
 def test_a_run_is_measured_against_other_data(trained, capsys, tmp_path):
     stored = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     text = run(capsys, "evaluate", str(trained), "--against", "digits", "--n", "30", "--metrics", "kid", "--json").out

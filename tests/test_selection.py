@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import diffgan_fast as dgf
@@ -46,6 +47,57 @@ def test_the_best_checkpoint_is_that_of_the_best_score(tmp_path):
     ours, theirs = (run.state["denoiser"].state_dict() for run in (best, stopped))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     torch.testing.assert_close(best.sample(3), stopped.sample(3))
+
+
+def folder(path, parts):
+    """Digits as files of 20 pixels and their half, so that they must be resized."""
+    for part, split in parts.items():
+        data = dgf.data.load("digits", split=split, subset=30)
+        for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+            where = path / part / str(int(label) % 2)
+            where.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).resize((20 - i % 2 * 10,) * 2).save(where / f"{i}.png")
+    return path
+
+
+def test_folders_with_a_test_part_are_chosen_on_it(tmp_path, monkeypatch):
+    """As what real data score is of it; and images of any size are taken to one, also when the run is found again."""
+    source = folder(tmp_path / "images", {"train": "train", "test": "test"})
+    seen, measure = [], dgf.metrics.evaluate
+
+    def spy(samples, data, **options):
+        seen.append((data.fingerprint, options))
+        return measure(samples, data, **options)
+
+    monkeypatch.setattr(dgf.metrics, "evaluate", spy)
+    options = dict(model=Net(), steps=2, T=4, sample_every=0, evaluate_every=1, evaluate_n=20, progress=False)
+    with pytest.raises(ValueError, match="differ in size.*pass size="):
+        dgf.train("ddpm", source, tmp_path / "run", **options)
+    dgf.train("ddpm", source, tmp_path / "run", size=8, **options)
+    train_data, test = (dgf.data.load(source, split=split, size=8) for split in ("train", "test"))
+    assert {fingerprint for fingerprint, _ in seen} == {test.fingerprint} != {train_data.fingerprint}
+    found = dgf.load(tmp_path / "run", best=True, model=Net()).evaluate(20, metrics=["kid"])
+    assert seen[-1][0] == train_data.fingerprint and seen[-1][1]["held_out"].fingerprint == test.fingerprint
+    assert found["floor_n"] == 20 and not any("flatters" in text for text in found["warnings"])
+
+
+def test_data_without_a_test_part_choose_by_themselves_and_say_so(tmp_path):
+    source = folder(tmp_path / "images", {".": "train"})
+    options = dict(model=Net(), steps=1, T=4, sample_every=0, evaluate_every=1, evaluate_n=20, progress=False)
+    dgf.train("ddpm", source, tmp_path / "run", size=8, **options)
+    last, best = (dgf.load(tmp_path / "run", best=best, model=Net()).evaluate(20) for best in (False, True))
+    assert not any("flatters" in text for text in last["warnings"])
+    assert any("chosen on the data that it is scored on" in text for text in best["warnings"])
+
+
+def test_a_test_part_of_another_shape_is_named_before_training(tmp_path):
+    source = folder(tmp_path / "images", {"train": "train"})
+    (source / "test").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(source / "test" / f"{name}.png")
+    with pytest.raises(ValueError, match=r"test split of data 'images' must hold samples \[1, 8, 8\].*not \[3, 8, 8\]"):
+        dgf.train("ddpm", source, tmp_path / "run", size=8, model=Net(), T=4, evaluate_every=1, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_may_be_chosen_by_another_metric(tmp_path):
