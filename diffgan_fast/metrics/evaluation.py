@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from ..data import Data
-from ..data.base import Modes
 from .checks import float64
-from .extraction import BATCH, Extracted, describe, extract, features_of
+from .extraction import BATCH, Extracted, Kept, describe, extract, features_of, kept_of
 from .extractors import find_extractor
-from .frechet import Moments, fid, fid_infinity
-from .kernel import mean_kernel_within, mmd2
-from .knn import RealPoints
+from .frechet import fid, fid_infinity
+from .kernel import mmd2
 from .modes import inception_score, mode_coverage
-from .neighbours import prdc
+from .reference import Reference, order
 
 HIGHER_IS_BETTER = frozenset(
     ("is", "precision", "recall", "density", "coverage", "modes", "high_quality")
@@ -35,61 +33,33 @@ class SmallSampleWarning(UserWarning):
     """A score of so few samples that its bias outweighs what it is to tell."""
 
 
-class _Reference:
-    """Real samples, and what of them alone a metric needs: computed once, whatever is measured against them."""
-
-    def __init__(self, real: Extracted, modes: Modes | None = None):
-        self.real, self.modes = real, modes
-
-    @cached_property
-    def moments(self) -> Moments:
-        return Moments(self.real.features)
-
-    @cached_property
-    def features(self) -> Tensor:
-        return float64(self.real.features)
-
-    @cached_property
-    def kernel(self) -> float:
-        return mean_kernel_within(self.features)
-
-    @cached_property
-    def points(self) -> RealPoints:
-        return RealPoints(self.features.cpu().numpy())
-
-
-def _order(n: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(n))
-
-
-def _fid(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _fid(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"fid": fid(reference.moments, fake.features)}
 
 
-def _fid_infinity(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _fid_infinity(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"fid_infinity": fid_infinity(reference.moments, fake.features)}
 
 
-def _kid(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _kid(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"kid": mmd2(reference.features, float64(fake.features).to(reference.features.device), reference.kernel)}
 
 
-def _is(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _is(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"is": inception_score(fake.logits)[0]}
 
 
-def _prdc(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _prdc(reference: Reference, fake: Extracted) -> dict[str, float]:
     """On as many real samples as fake ones, since all four depend on both numbers."""
     n = min(len(reference.real), len(fake))
-    real, fake = (of.part(_order(len(of))[:n]) for of in (reference.real, fake))
-    return prdc(real.features, fake.features)._asdict()
+    return reference.balls(n).prdc(float64(fake.part(order(len(fake))[:n]).features))._asdict()
 
 
-def _kl(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _kl(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"kl": reference.points.kl(float64(fake.features).cpu().numpy())}
 
 
-def _modes(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _modes(reference: Reference, fake: Extracted) -> dict[str, float]:
     assert reference.modes is not None  # else the metric does not fit the data
     radius = MODE_RADIUS * reference.modes.std
     found, near = mode_coverage(fake.features, reference.modes.centres, radius, least=LEAST_OF_MODE)
@@ -106,7 +76,7 @@ class _Metric:
 
     label: str
     help: str
-    score: Callable[[_Reference, Extracted], dict[str, float]]
+    score: Callable[[Reference, Extracted], dict[str, float]]
     floor: str
     published_on: str | None = "inception"  # None: it measures points
     needs_logits: bool = False
@@ -195,19 +165,23 @@ def label(metric: str, extractor=None) -> str:
     return found.label + ("" if comparable else f" ({about['name']})")
 
 
-def _scores(metrics: Sequence[str], reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _scores(metrics: Sequence[str], reference: Reference, fake: Extracted) -> dict[str, float]:
     """Every metric, each pass over the features once."""
     found: dict[str, float] = {}
-    for score in dict.fromkeys(_METRICS[name].score for name in metrics):
+    for score in _passes(metrics):
         found |= score(reference, fake)
     return {name: found[name] for name in metrics}
 
 
-def _spread(metrics: Sequence[str], reference: _Reference, fake: Extracted, halves: int) -> dict[str, float]:
+def _passes(metrics: Sequence[str]) -> list[Callable]:
+    return list(dict.fromkeys(_METRICS[name].score for name in metrics))
+
+
+def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halves: int) -> dict[str, float]:
     """Standard deviation over random halves. For a mean it is the standard error of the mean of all: n/2 out of n drawn
     without replacement vary by σ²(2/n)(1 - 1/2)."""
     n = len(fake)
-    values = [_scores(metrics, reference, fake.part(_order(n, seed + 1)[: n // 2])) for seed in range(halves)]
+    values = [_scores(metrics, reference, fake.part(order(n, seed + 1)[: n // 2])) for seed in range(halves)]
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
@@ -264,19 +238,33 @@ def _check(samples: Tensor, data: Data, metrics, extractor, halves: int, max_ref
         raise ValueError(f"halves must be 0 or at least 2, not {halves}")
 
 
-def _points(data: Data) -> Extracted:
-    """Points as they are."""
-    return Extracted(data.batch(slice(None)))
+def _extracted(extractor, data: Data) -> tuple[Extracted, Kept]:
+    """Features of real data, and where they are kept. Points are their own, and cost too little to be kept."""
+    if data.points:
+        return Extracted(data.batch(slice(None))), Kept()
+    kept = kept_of(extractor, data)
+    return features_of(extractor, data, kept), kept
 
 
-def _floor_pair(held_out: Data | None, reference: _Reference, n: int, extract) -> tuple[_Reference, Extracted]:
-    """Reference and up to n real samples in place of generated ones: held out, or the other half of the reference."""
-    if held_out is not None:
-        found = extract(held_out)  # all of it, so that it is cached once
-        return reference, found.part(_order(len(found))[:n])
-    order = _order(len(reference.real))
-    half = len(order) // 2
-    return _Reference(reference.real.part(order[half:]), reference.modes), reference.real.part(order[: min(n, half)])
+def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference, n: int, extractor) -> dict[str, Any]:
+    """Scores of up to n real samples in place of generated ones: held out, or the other half of the reference."""
+    available = len(reference.real) // 2 if held_out is None else len(held_out)
+    n, against = min(n, available), "half" if held_out is None else held_out.fingerprint
+
+    @cache
+    def pair() -> tuple[Reference, Extracted]:
+        if held_out is not None:
+            found, _ = _extracted(extractor, held_out)  # all of it, so that it is kept once
+            return reference, found.part(order(len(found))[:n])
+        shuffled = order(len(reference.real))
+        other = Reference(reference.real.part(shuffled[available:]), Kept(), reference.modes)
+        return other, reference.real.part(shuffled[:n])
+
+    real: dict[str, Tensor] = {}
+    for score in _passes(metrics):
+        compute = lambda score=score: {k: torch.tensor(v, dtype=torch.float64) for k, v in score(*pair()).items()}  # noqa: E731
+        real |= reference.keep(f"floor{score.__name__}-{against}-{n}", compute)
+    return {"floor_n": n, **{_METRICS[name].floor: float(real[name]) for name in metrics}}
 
 
 def evaluate(
@@ -293,8 +281,9 @@ def evaluate(
     """Scores of samples against a data set, with what real data score in their place.
 
     Images, real or not, are rounded to uint8 values before features are taken; nothing is flipped. Points are measured
-    as they are. Features of real images are kept in the user's cache (``$DIFFGAN_FAST_CACHE`` moves it) if the
-    extractor has a ``hash``, so that a second evaluation costs the samples only.
+    as they are. Features of real images, their statistics and their own scores are kept in the user's cache
+    (``$DIFFGAN_FAST_CACHE`` moves it) if the extractor has a ``hash``, so that a second evaluation costs the samples
+    only.
 
     Args:
         samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2 (precision, recall, density and
@@ -338,23 +327,21 @@ def evaluate(
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)
     if data.points:
-        fake, extract_from = Extracted(samples), _points
+        fake = Extracted(samples)
     else:
         if extractor is None or isinstance(extractor, str):
             extractor = find_extractor(extractor or "domain", data)
-        about, extract_from = describe(extractor), partial(features_of, extractor)
+        about = describe(extractor)
         if max_reference is not None and len(data) > max_reference:
             data, about["comparable"] = data.subset(max_reference), False
         about["comparable"] &= len(samples) >= LEAST_TO_COMPARE
         fake = extract(extractor, samples.split(BATCH), len(samples))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
-    reference = _Reference(extract_from(data), getattr(data, "modes", None))
+    reference = Reference(*_extracted(extractor, data), getattr(data, "modes", None))
     result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), **_scores(metrics, reference, fake)}
     if floors:
-        floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
-        real = _scores(metrics, floor_reference, floor)
-        result |= {"floor_n": len(floor), **{_METRICS[name].floor: real[name] for name in metrics}}
+        result |= _floors(metrics, held_out, reference, len(samples), extractor)
     if halves and len(samples) >= LEAST_FOR_SPREAD:
         result["spread"] = _spread(metrics, reference, fake, halves)
     if fake.logits is not None:

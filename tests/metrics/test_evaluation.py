@@ -9,11 +9,14 @@ from diffgan_fast.metrics import (
     available,
     evaluate,
     fid,
+    frechet,
     inception_score,
     kid,
     knn_kl,
     label,
+    neighbours,
     prdc,
+    reference,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
@@ -146,6 +149,75 @@ def test_features_of_real_images_are_computed_once(monkeypatch, tmp_path):
         before = sum(seen)
         assert evaluate(REAL, TRAIN, metrics=["fid"], extractor=other)["fid"] == first["fid"]
         assert sum(seen) == before + 360 + 1437
+
+
+class Watched(ImageData):
+    """Images that count how often they are read."""
+
+    reads = 0
+
+    def batch(self, index):
+        Watched.reads += 1
+        return super().batch(index)
+
+
+@pytest.mark.parametrize("split", ["test", None])
+def test_a_second_evaluation_costs_the_samples_only(monkeypatch, tmp_path, split):
+    """No real image is read, and nothing that follows from real features alone is computed: they are poisoned."""
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    data = Watched(TRAIN.images, TRAIN.labels, TRAIN.classes)
+    held_out = None if split is None else Watched(TEST.images, TEST.labels, TEST.classes)
+    everything = [name for name in available(TRAIN)]
+    options = dict(held_out=held_out, extractor=DomainClassifier.for_data(TRAIN), metrics=everything, halves=2)
+    first = evaluate(noisy(0.3), data, **options)
+    assert Watched.reads > 0
+    plain = evaluate(noisy(0.3), TRAIN, **{**options, "held_out": held_out and TEST, "extractor": uncached(options)})
+    for name in everything:
+        assert first[name] == pytest.approx(plain[name], rel=1e-9), name
+    Watched.reads, seen = 0, []
+    within, distances = neighbours.squared_neighbour_distances, frechet.Moments.update
+
+    def squared_neighbour_distances(x, *rest):
+        seen.append(x)
+        return within(x, *rest)
+
+    def update(self, features):
+        seen.append(torch.as_tensor(features))
+        return distances(self, features)
+
+    monkeypatch.setattr(neighbours, "squared_neighbour_distances", squared_neighbour_distances)
+    monkeypatch.setattr(frechet.Moments, "update", update)
+    monkeypatch.setattr(reference, "mean_kernel_within", None)
+    assert evaluate(noisy(0.3), data, **options) == first
+    fakes = options["extractor"](noisy(0.3))[0].double()
+    rows = {tuple(row) for row in fakes.tolist()}
+    assert Watched.reads == 0 and len(seen) > 10
+    assert all(tuple(row) in rows for x in seen for row in x.double().tolist())
+    other = evaluate(noisy(0.5), data, **options)
+    assert other["fid"] != first["fid"] and other["fid_floor"] == first["fid_floor"]
+
+
+def uncached(options):
+    """The same extractor without a hash, by which it is kept."""
+    return lambda images: options["extractor"](images)
+
+
+def test_floors_are_kept_by_what_they_depend_on(monkeypatch, tmp_path):
+    """The number of samples, the held-out data, the reference; also where only some metrics were asked for."""
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    net = DomainClassifier.for_data(TRAIN)
+
+    def floors(n, **given):
+        options = dict(metrics=["fid", "recall"], extractor=net, halves=0, held_out=TEST, **given)
+        found = evaluate(REAL[:n], TRAIN.subset(given.get("max_reference") or 1437), **options)
+        return found["floor_n"], found["fid_floor"], found["recall_real"]
+
+    one, fewer, smaller = floors(200), floors(100), floors(200, max_reference=400)
+    assert len({one, fewer, smaller}) == 3 and one == floors(200)
+    assert evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, held_out=TEST, halves=0)["fid_floor"] == one[1]
+    half = evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, metrics=["fid"], halves=0)["fid_floor"]
+    part = evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, metrics=["fid"], halves=0, held_out=TEST.subset(200))
+    assert len({one[1], half, part["fid_floor"]}) == 3
 
 
 def test_too_few_samples_are_said_to_be(recwarn):

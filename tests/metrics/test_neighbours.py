@@ -41,6 +41,39 @@ def test_values_are_those_of_the_definitions(monkeypatch, tile, n, m, k, density
     assert density_coverage(real, fake, density_k) == prdc(real, fake, k, density_k)[2:]
 
 
+@pytest.mark.parametrize("offset", [0.1, 1e4, 1e7])
+def test_an_offset_of_all_features_changes_nothing(offset):
+    """Against distances by differences in float64; all moved alike, so that only rounding by the offset is left."""
+    real, fake = features(150, 6, 1), features(120, 6, 2, 1.2, 0.3)
+    real, fake = (of + offset for of in (real, fake))
+    assert prdc(real, fake) == pytest.approx(by_sorting(real, fake, 3, 5), abs=1e-12)
+    around = neighbours.RealBalls(torch.from_numpy(real)).nearest.sqrt()
+    np.testing.assert_allclose(around, np.sort(cdist(real, real))[:, 1:6], rtol=1e-12)
+    back = (real - offset, fake - offset)  # what the rounding by the offset left of them
+    assert prdc(real, fake) == prdc(*back)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 10**7])
+def test_ties_stay_ties(offset):
+    """On whole numbers many distances are equal, and the sphere itself decides: as in exact arithmetic."""
+    draw = np.random.RandomState(5).randint
+    real, fake = (draw(0, high, (n, 3)) + offset for high, n in ((4, 70), (5, 90)))
+    squares = [np.square(a[:, None] - b).sum(2) for a, b in ((real, real), (fake, fake), (real, fake))]
+    own_real, own_fake, across = np.sort(squares[0]), np.sort(squares[1]), squares[2]
+    expected = (
+        (across <= own_real[:, 3:4]).any(0).mean(),
+        (across <= own_fake[:, 3]).any(1).mean(),
+        (across < own_real[:, 5:6]).sum() / 5 / 90,
+        (across.min(1) < own_real[:, 5]).mean(),
+    )
+    assert prdc(real, fake) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_real_features_have_balls_of_nothing():
+    one = np.full((9, 3), 0.1) + 1e6
+    assert prdc(one, one + 1) == (0, 0, 0, 0) and prdc(one, one)[:2] == (1, 1)
+
+
 def test_values_of_prdc_and_torch_fidelity():
     """prdc 0.2 with nearest_k 3 and 5; torch-fidelity 0.4.0 gives the same precision and recall (k = 3, float32)."""
     r = np.random.RandomState(7)
@@ -74,10 +107,14 @@ def test_a_missing_mode_costs_recall_and_a_stray_one_precision():
 
 def test_the_matrix_of_distances_is_never_held(monkeypatch):
     monkeypatch.setattr(neighbours, "TILE", 50)
-    largest, make = [], neighbours._Tiles.__call__
-    monkeypatch.setattr(
-        neighbours._Tiles, "__call__", lambda *a: (lambda found: (largest.append(found.numel()), found)[1])(make(*a))
-    )
+    largest, tiles = [], neighbours._tiles
+
+    def watched(*sets):
+        for rows, columns, found in tiles(*sets):
+            largest.append(found.numel())
+            yield rows, columns, found
+
+    monkeypatch.setattr(neighbours, "_tiles", watched)
     prdc(features(400, 3, 1), features(300, 3, 2))
     assert max(largest) == 2500
 
