@@ -22,6 +22,7 @@ import typer
 import diffgan_fast as dgf
 from diffgan_fast import methods, report
 from diffgan_fast.engine import TrainConfig, distributed
+from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.run import pick_device
 
 app = typer.Typer(
@@ -173,7 +174,7 @@ def evaluate(
     ] = None,
     max_reference: Annotated[
         int, typer.Option(help="real images that samples are measured against at most, a fixed choice (0: all)")
-    ] = 10_000,
+    ] = MAX_REFERENCE,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     size: Size = None,
     best: Best = False,
@@ -207,7 +208,7 @@ def evaluate(
         of_theirs = None if named else size
         data, on = dgf.data.load(against, size=of_theirs), pick_device(device)
         if is_run:
-            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
+            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, progress=True, **how)
         else:
             samples = _stored(what, n, data, size)
         test = dgf.data.load_test(against, size=of_theirs)
@@ -459,7 +460,8 @@ def main(arguments: list[str] | None = None) -> None:
     errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dgf.metrics.SmallSampleWarning)  # they stand below the tables
+            for kind in (dgf.metrics.SmallSampleWarning, dgf.metrics.SampleRangeWarning):
+                warnings.simplefilter("ignore", kind)  # they stand below the tables
             app(args=arguments)
     except errors as error:
         typer.echo(f"diffgan-fast: {error}", err=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffgan_fast import metrics
 from diffgan_fast.data import Data
 from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
+from diffgan_fast.metrics.evaluation import LEAST_OF_MODE
 from diffgan_fast.run import Run
 
 SEED = 2  # of the samples; pictures show those of 0, `Run.evaluate` measures those of 1
@@ -37,6 +38,12 @@ class Selection:
         fitting = metrics.available(data)
         if self.metric not in fitting:
             raise ValueError(f"best_by must be one of {', '.join(fitting)} for data {data.name!r}, got {self.metric!r}")
+        modes = getattr(data, "modes", None)
+        if self.metric == "modes" and modes is not None and self.n < (least := LEAST_OF_MODE * len(modes.centres)):
+            raise ValueError(
+                f"best_by='modes' needs evaluate_n={least} or more for data {data.name!r}, got {self.n}: "
+                f"{LEAST_OF_MODE} samples make one of its {len(modes.centres)} modes covered"
+            )
         self.extractor = None if data.points else metrics.find_extractor(config.evaluate_on, data)
         self._scores(against.batch(slice(0, self.n)))  # what cannot be measured is told before training
 

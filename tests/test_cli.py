@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,7 +81,8 @@ def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
     assert "one of domain, inception, vgg16, effl0, not 'x'" in wrong.err
 
 
-def test_folders_of_mixed_sizes_are_resized(capsys, tmp_path):
+def test_folders_of_mixed_sizes_are_resized(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffgan_fast.metrics.features.IMAGES_SEEN", 200)  # of the classifier
     data = dgf.data.load("digits", split="test", subset=60)
     for i, image in enumerate(data.images):
         where = tmp_path / "mixed" / str(int(data.labels[i]))
@@ -102,6 +105,18 @@ def test_a_run_is_measured_against_other_data(trained, capsys, tmp_path):
     text = run(capsys, "evaluate", str(trained), "--against", "digits", "--n", "30", "--metrics", "kid", "--json").out
     assert json.loads(text)["n"] == 30 and set(json.loads(text)["labels"]) == {"kid"}
     assert stored == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+
+
+def test_progress_of_sampling_is_shown_on_a_terminal(trained, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    for against in ([], ["--against", "digits"]):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(trained), "--n", "30", "--metrics", "kid", *against])
+        assert "samples: 100%" in sys.stderr.getvalue() and "domain features: 100%" in sys.stderr.getvalue()
 
 
 def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):
@@ -165,5 +180,8 @@ def test_evaluate_takes_what_others_store(capsys, tmp_path):
         "n must be at least 2, got 0"
         in run(capsys, "evaluate", str(tmp_path / "grey.npz"), *options, "--n", "0", code=2).err
     )
+    np.savez(tmp_path / "unit.npz", samples=(grey / 255).float().numpy())
+    unit = run(capsys, "evaluate", str(tmp_path / "unit.npz"), "--against", "digits", "--metrics", "kid")
+    assert "images in [0, 1] must be scaled to [-1, 1] first" in unit.out and not unit.err
     table = run(capsys, "evaluate", str(tmp_path / "grey.npz"), "--against", "digits", "--metrics", "kid").out
     assert "±" in table and "real data" in table

@@ -62,6 +62,7 @@ def folder(path, parts):
 
 def test_folders_with_a_test_part_are_chosen_on_it(tmp_path, monkeypatch):
     """As what real data score is of it; and images of any size are taken to one, also when the run is found again."""
+    monkeypatch.setattr("diffgan_fast.metrics.features.IMAGES_SEEN", 200)  # of the classifier
     source = folder(tmp_path / "images", {"train": "train", "test": "test"})
     seen, measure = [], dgf.metrics.evaluate
 
@@ -81,7 +82,8 @@ def test_folders_with_a_test_part_are_chosen_on_it(tmp_path, monkeypatch):
     assert found["floor_n"] == 20 and not any("flatters" in text for text in found["warnings"])
 
 
-def test_data_without_a_test_part_choose_by_themselves_and_say_so(tmp_path):
+def test_data_without_a_test_part_choose_by_themselves_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffgan_fast.metrics.features.IMAGES_SEEN", 200)
     source = folder(tmp_path / "images", {".": "train"})
     options = dict(model=Net(), steps=1, T=4, sample_every=0, evaluate_every=1, evaluate_n=20, progress=False)
     dgf.train("ddpm", source, tmp_path / "run", size=8, **options)
@@ -152,10 +154,24 @@ def test_last_and_best_stand_in_the_report(tmp_path):
     assert "Best checkpoint" in page and f"Step {best.state.step:,}" in page and "Scores over the run" in page
 
 
+def test_scores_against_another_reference_are_not_taken_for_the_usual_ones(tmp_path):
+    run = train(tmp_path, steps=1)
+    other = run.evaluate(30, max_reference=100)
+    assert run.evaluated(30) != other and run.evaluated(30)["reference_n"] == 1437
+    kept = run.evaluated(30)
+    assert run.evaluated(30) == kept == json.loads((tmp_path / "evaluation.json").read_text())
+    run.evaluate(30, max_reference=None)  # which is the same where there are no more
+    assert run.evaluated(30)["kid"] == kept["kid"]
+
+
 def test_what_cannot_be_is_named(tmp_path):
     out = tmp_path / "x"
     with pytest.raises(ValueError, match="best_by must be one of fid, .*, got 'kl'"):
         train(out, evaluate_every=1, best_by="kl")
+    with pytest.raises(
+        ValueError, match="best_by='modes' needs evaluate_n=500 or more for data 'gaussians25', got 499"
+    ):
+        dgf.train("gan", "gaussians25", out, steps=1, evaluate_every=1, evaluate_n=499, best_by="modes", progress=False)
     with pytest.raises(ValueError, match="no labels"):
         dgf.train("ddpm", torch.rand(20, 1, 8, 8), out, model=Net(), T=4, evaluate_every=1)
     with pytest.raises(ValueError, match="one of domain, inception, vgg16, effl0, not 'pixels'"):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..data import Data
+from ..data.base import Modes
 from .checks import float64
-from .extraction import BATCH, Extracted, Kept, describe, extract, features_of, kept_of
+from .extraction import BATCH, Extracted, Kept, batches, describe, extract, features_of, kept_of
 from .extractors import find_extractor
 from .frechet import fid, fid_infinity
 from .kernel import mmd2
@@ -26,11 +27,16 @@ HIGHER_IS_BETTER = frozenset(
 )  # else lower is
 LEAST_TO_COMPARE = 10_000  # samples, with which papers measure
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
+MAX_REFERENCE = 10_000  # real images, unless more are asked for
 MODE_RADIUS, LEAST_OF_MODE = 3, 20  # standard deviations that count as near, and samples that make a mode covered
 
 
 class SmallSampleWarning(UserWarning):
     """A score of so few samples that its bias outweighs what it is to tell."""
+
+
+class SampleRangeWarning(UserWarning):
+    """Samples that look as if they lay in another range than the data."""
 
 
 def _fid(reference: Reference, fake: Extracted) -> dict[str, float]:
@@ -71,7 +77,7 @@ class _Metric:
     """score: gives this metric, and others of the same pass over the features.
 
     floor: name of the value that real data get in place of the samples. published_on: the features of published values.
-    needs_modes: it measures points whose modes are known.
+    needs_modes: it measures points whose modes are known. unlike_published: what is done otherwise than in papers.
     """
 
     label: str
@@ -82,6 +88,7 @@ class _Metric:
     needs_logits: bool = False
     default: bool = True
     needs_modes: bool = False
+    unlike_published: str = ""
 
     @property
     def points(self) -> bool:
@@ -96,7 +103,8 @@ _METRICS = {
     ),
     "kid": _Metric("KID", "kernel distance of features, unbiased; lower is better", _kid, "kid_floor"),
     "is": _Metric(
-        "IS", "Inception score, 1 to the number of classes; higher is better", _is, "is_real", needs_logits=True
+        "IS", "Inception score, 1 to the number of classes; higher is better", _is, "is_real", needs_logits=True,
+        unlike_published="1 split",
     ),
     "precision": _Metric(
         "precision", "share of samples among real ones, k = 3; higher is better", _prdc, "precision_real", "vgg16"
@@ -146,6 +154,8 @@ def usual(data: Data) -> list[str]:
 def label(metric: str, extractor=None) -> str:
     """How a score is called in print: "FID" on the features of published values only, else for example "FID (domain)".
 
+    Published IS is the mean over ten splits, nearly always; here it is that of all samples, "IS (1 split)".
+
     Args:
         metric: a name of :func:`available`.
         extractor: the extractor, or its entry in the result of :func:`evaluate`; metrics of points have none.
@@ -162,7 +172,8 @@ def label(metric: str, extractor=None) -> str:
     if about["name"] == "effl0" and found.label.startswith("FID"):
         return f"{found.label.replace('FID', 'FD')}-effl0"
     comparable = about["comparable"] and about["name"] == found.published_on
-    return found.label + ("" if comparable else f" ({about['name']})")
+    aside = found.unlike_published if comparable else about["name"]
+    return f"{found.label} ({aside})" if aside else found.label
 
 
 def _scores(metrics: Sequence[str], reference: Reference, fake: Extracted) -> dict[str, float]:
@@ -180,14 +191,14 @@ def _passes(metrics: Sequence[str]) -> list[Callable]:
 def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halves: int) -> dict[str, float]:
     """Standard deviation over random halves. For a mean it is the standard error of the mean of all: n/2 out of n drawn
     without replacement vary by σ²(2/n)(1 - 1/2)."""
-    n = len(fake)
+    n, metrics = len(fake), [name for name in metrics if name != "modes"]  # a half has half as many of each mode
     values = [_scores(metrics, reference, fake.part(order(n, seed + 1)[: n // 2])) for seed in range(halves)]
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
-def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
-    """Why scores of n samples say too little, in sentences. n: of samples or of the reference, whichever are fewer."""
-    found, d = [], fake.features.shape[1]
+def _cautions(metrics: Sequence[str], reference: Reference, fake: Extracted) -> list[str]:
+    """Why scores of these samples, or against so few real ones, say too little, in sentences."""
+    found, d, n = [], fake.features.shape[1], min(len(fake), len(reference.real))
     if "fid" in metrics and n < 5 * d:  # its authors ask for 10,000 of 2048 features
         found.append(
             f"FID is biased upwards where samples are few: {n:,} are for {d:,} features. Take {5 * d:,} or more, "
@@ -204,14 +215,44 @@ def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
             f"FID∞ is a line through FIDs of {max(2, n // 10):,} samples and more, of {d:,} features: FID's bias is "
             f"nearly linear only from about {2 * d:,} on. Take {20 * d:,} samples or more."
         )
+    if "kl" in metrics and n < 1000:  # of 500 points of equal laws in 2-D: -0.04 ± 0.02 bits
+        found.append(
+            f"KL of {n:,} points is biased and varies, both by some hundredths of a bit: take 1,000 or more, and "
+            "compare only scores of equal n."
+        )
+    if "modes" in metrics and reference.modes is not None and len(fake) < (least := _modes_need(reference.modes)):
+        found.append(
+            f"modes: {len(fake):,} samples are {len(fake) / len(reference.modes.centres):.3g} a mode on average, of "
+            f"which {LEAST_OF_MODE} make it covered: some are missed by chance. Take {least:,} or more."
+        )
     if n < 1000 and (shares := [name for name in metrics if _METRICS[name].score is _prdc]):
         found.append(f"{', '.join(shares).capitalize()} of {n:,} samples are coarse: take 1,000 or more.")
     return found
 
 
-def _check(samples: Tensor, data: Data, metrics, extractor, halves: int, max_reference: int | None) -> None:
+def _modes_need(modes: Modes) -> int:
+    """Samples of which a perfect sampler covers all modes: 40 of each, and then hardly ever fewer than 20 of one."""
+    return 2 * LEAST_OF_MODE * len(modes.centres)
+
+
+def _out_of_range(samples: Tensor, data: Data) -> str | None:
+    """A sentence if images seem to lie in [0, 1] and not in [-1, 1] as the data do."""
+    if data.points or samples.min() < 0 or all(batch.min() >= 0 for batch in batches(data)):
+        return None
+    return (
+        f"samples lie in {float(samples.min()):.3g}..{float(samples.max()):.3g}, and none is below 0 as images of "
+        f"{data.name!r} are: images in [0, 1] must be scaled to [-1, 1] first, samples = 2 * samples - 1."
+    )
+
+
+def _check(
+    samples: Tensor, data: Data, held_out: Data | None, metrics, extractor, halves: int, max_reference: int | None
+) -> None:
     if not isinstance(data, Data):
         raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
+    if held_out is not None and held_out.shape != data.shape:
+        theirs, ours = list(held_out.shape), list(data.shape)
+        raise ValueError(f"held_out must hold samples {ours} as data {data.name!r} does, not {theirs}")
     if not isinstance(samples, Tensor):
         raise ValueError(f"samples must be a tensor, not {type(samples).__name__}")
     if isinstance(metrics, str):
@@ -275,7 +316,7 @@ def evaluate(
     extractor=None,
     held_out: Data | None = None,
     floors: bool = True,
-    max_reference: int | None = 10_000,
+    max_reference: int | None = MAX_REFERENCE,
     halves: int = 10,
 ) -> dict[str, Any]:
     """Scores of samples against a data set, with what real data score in their place.
@@ -306,7 +347,8 @@ def evaluate(
         - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``precision_real``, …, ``kl_floor``: the
           same for real data;
         - ``spread``: for each metric the standard deviation over halves of the samples, drawn without replacement. It
-          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20;
+          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20,
+          nor of "modes", of which halves have too few samples;
         - ``n``, ``reference_n``, ``floor_n``: numbers of samples, of the reference, and of real data in the floors;
         - with logits: ``mean_top_probability`` of the samples, ``smallest_class_share``, the share of the samples that
           are of the rarest class (both 0..1), and ``classes_covered``;
@@ -314,8 +356,8 @@ def evaluate(
           may be compared with published ones, for which the weights must be the public ones, the reference all of
           ``data`` (a whole training split), and the samples 10,000 or more;
         - ``labels``: how each metric is to be called in print, for example "FID (domain)";
-        - ``warnings``: sentences that say which scores are of too few samples, and why. They are given as
-          :class:`SmallSampleWarning` too.
+        - ``warnings``: sentences that say which scores are of too few samples, and why, given as
+          :class:`SmallSampleWarning` too; and, as :class:`SampleRangeWarning`, that images seem to lie in [0, 1].
 
     Raises:
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
@@ -323,7 +365,7 @@ def evaluate(
     """
     if metrics is None:
         metrics = usual(data)
-    _check(samples, data, metrics, extractor, halves, max_reference)
+    _check(samples, data, held_out, metrics, extractor, halves, max_reference)
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)
     if data.points:
@@ -352,7 +394,10 @@ def evaluate(
         result["classes_covered"] = int((counts > 0).sum())
     if about:
         result |= {"extractor": about, "comparable": about["comparable"]}
-    cautions = _cautions(metrics, min(len(samples), len(data)), fake)
+    cautions = _cautions(metrics, reference, fake)
     for caution in cautions:
         warnings.warn(caution, SmallSampleWarning, stacklevel=2)
+    if range_caution := _out_of_range(samples, data):
+        warnings.warn(range_caution, SampleRangeWarning, stacklevel=2)
+        cautions.append(range_caution)
     return result | {"labels": {name: label(name, about) for name in metrics}, "warnings": cautions}

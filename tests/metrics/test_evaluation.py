@@ -5,6 +5,7 @@ import torch
 from diffgan_fast.data import FloatData, ImageData, load
 from diffgan_fast.metrics import (
     DomainClassifier,
+    SampleRangeWarning,
     SmallSampleWarning,
     available,
     evaluate,
@@ -18,6 +19,7 @@ from diffgan_fast.metrics import (
     prdc,
     reference,
 )
+from diffgan_fast.metrics.features import quantise
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
 
@@ -230,6 +232,29 @@ def test_too_few_samples_are_said_to_be(recwarn):
     assert evaluate(REAL[:40], TRAIN, metrics=["kid"])["warnings"] == []
 
 
+def test_few_points_are_said_to_be():
+    assert [t.split()[:3] for t in evaluate(POINTS.values[:50], FloatData(torch.randn(300, 2)))["warnings"]] == [
+        ["KL", "of", "50"]
+    ]
+    data, test = load("gaussians25"), load("gaussians25", split="test")
+    few, enough = (evaluate(test.values[:n], data, halves=0, floors=False)["warnings"] for n in (600, 1000))
+    assert few[1].startswith("modes: 600 samples are 24 a mode on average, of which 20 make it covered")
+    assert "KL of 600" in few[0] and "Take 1,000 or more" in few[1] and enough == []
+    found = evaluate(test.values[:1000], data, metrics=["modes", "high_quality"], floors=False)
+    assert found["modes"] == 25 and set(found["spread"]) == {"high_quality"}  # halves would miss modes by chance
+
+
+def test_samples_in_another_range_are_warned_of_and_left_as_they_are():
+    shifted = (REAL + 1) / 2
+    with pytest.warns(SampleRangeWarning, match=r"samples lie in 0..1, and none is below 0 as images of 'digits' are"):
+        found = evaluate(shifted, TRAIN, metrics=["kid"], extractor=pixels)
+    assert "samples = 2 * samples - 1" in found["warnings"][0]
+    assert found["kid"] == pytest.approx(kid(TRAIN.batch(slice(None)).flatten(1), quantise(shifted).flatten(1)))
+    bright = FloatData((TRAIN.batch(slice(None)) + 1) / 2)
+    for samples, data in ((REAL, TRAIN), (shifted, bright)):
+        assert evaluate(samples, data, metrics=["kid"], extractor=pixels)["warnings"] == []
+
+
 def test_extrapolated_fid_is_there_by_name():
     result = evaluate(REAL[:200], TRAIN, held_out=TEST, metrics=["fid", "fid_infinity"], halves=0)
     assert result["fid_infinity"] < result["fid"] and result["labels"]["fid_infinity"] == "FID∞ (domain)"
@@ -248,6 +273,7 @@ def test_labels_never_call_a_domain_score_plain():
         name, comparable = "inception", True
 
     assert label("fid", Inception()) == "FID"
+    assert label("is", Inception()) == "IS (1 split)"  # published is the mean of ten
     assert label("recall", Inception()) == "recall (inception)"  # its published values are on VGG-16's features
     assert set(available()) == {*names, "fid_infinity", "kl", "modes", "high_quality"}
 
@@ -259,7 +285,7 @@ def test_points_are_measured_as_they_are_and_against_all_of_them():
     floor = knn_kl(POINTS.values, held_out.subset(100).values)
     assert result == {
         "n": 100, "reference_n": 300, "floor_n": 100, "kl": knn_kl(POINTS.values, samples), "kl_floor": floor,
-        "spread": {"kl": result["spread"]["kl"]}, "labels": {"kl": "KL (bits)"}, "warnings": [],
+        "spread": {"kl": result["spread"]["kl"]}, "labels": {"kl": "KL (bits)"}, "warnings": result["warnings"],
     }  # fmt: skip
     assert evaluate(samples + 1, POINTS)["kl"] > 0.5 + evaluate(samples, POINTS)["kl"]
     assert evaluate(samples, POINTS, metrics=["kl"])["floor_n"] == 100
@@ -284,6 +310,7 @@ def test_mnist_noise_order(real_data):
         (TEST.images, TRAIN, {}, "samples must be floats"),
         (REAL * torch.nan, TRAIN, {}, "samples must be finite"),
         (REAL, ImageData(TRAIN.images), {}, "no labels"),
+        (REAL, TRAIN, {"held_out": POINTS}, r"held_out must hold samples \[1, 8, 8\] as data 'digits' does, not \[2\]"),
         (REAL, TRAIN, {"halves": 1}, "halves must be 0 or at least 2, not 1"),
         (REAL[:5], TRAIN, {"metrics": ["density"]}, "density_k must be 1..4"),
         (REAL, TRAIN, {"extractor": 3}, "extractor must be a name or a callable"),

@@ -1,7 +1,11 @@
+import io
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from tqdm import tqdm
 
 from diffgan_fast.metrics import density_coverage, neighbours, prdc, precision_recall
 
@@ -117,6 +121,20 @@ def test_the_matrix_of_distances_is_never_held(monkeypatch):
     monkeypatch.setattr(neighbours, "_tiles", watched)
     prdc(features(400, 3, 1), features(300, 3, 2))
     assert max(largest) == 2500
+
+
+def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = []
+    for delay in (0, 1):
+        monkeypatch.setattr("sys.stderr", Terminal())
+        monkeypatch.setattr(neighbours, "tqdm", lambda *a, delay=delay, **k: tqdm(*a, **{**k, "delay": delay}))
+        prdc(features(60, 3, 1), features(50, 3, 2))
+        shown.append(sys.stderr.getvalue())
+    assert "neighbours: 100%" in shown[0] and shown[1] == ""
 
 
 def test_tensors_are_taken_and_computed_in_float64():
