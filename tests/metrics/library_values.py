@@ -1,6 +1,6 @@
-"""What the metrics' libraries make of fixed features: `python tests/metrics/library_values.py` writes library_values.json.
+"""What the libraries make of fixed features: `python tests/metrics/library_values.py` writes library_values.json.
 
-It needs torch==2.13.0 and, each with --no-deps beside it, torch-fidelity==0.4.0, pytorch-fid==0.3.0, torchmetrics==1.9.0
+It needs torch==2.13.0 and, with --no-deps beside it, torch-fidelity==0.4.0, pytorch-fid==0.3.0, torchmetrics==1.9.0
 with lightning-utilities, and prdc==0.2; it is no test and runs in none. torchvision, which none of these procedures
 uses, is a stand-in. The tests build the same features by `features` and compare with the stored numbers.
 """
