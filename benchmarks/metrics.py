@@ -6,8 +6,8 @@ The procedures are written out as the libraries run them, so that nothing but sc
     subset      KID by three kernel matrices a subset (torch-fidelity 0.4.0, torchmetrics 1.9.0)
     prdc        prdc 0.2, where it is installed
 
-Means and covariances are timed too, but in `fid-statistics`, which starts from them. A call is timed three times, and its
-first, which is checked, is one of them if it takes a second or more: all of it takes minutes, mostly in sqrtm. Of few
+Means and covariances are timed too, but in `fid-statistics`, which starts from them. A call is timed three times; its
+first, which is checked, is one of them if it takes more than a second: all of it takes minutes, mostly in sqrtm. Of few
 samples every value is checked against the nuclear norm of the float64 Gram matrix (ours to 1e-8, others to 1e-4), else
 against `eigvals`, `subset` and prdc to 1e-6. `peak_mib` is what the process takes at most above what it holds before,
 sampled every millisecond. Quick sizes only show that everything works.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,13 @@ def _fid_infinity(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"fid_infinity": fid_infinity(reference.moments, fake.features)}
 
 
+def _beside(reference: Reference, fake: Extracted) -> Tensor:
+    """Features as float64 where the reference is."""
+    return float64(fake.features).to(reference.features.device)
+
+
 def _kid(reference: Reference, fake: Extracted) -> dict[str, float]:
-    return {"kid": mmd2(reference.features, float64(fake.features).to(reference.features.device), reference.kernel)}
+    return {"kid": mmd2(reference.features, _beside(reference, fake), reference.kernel)}
 
 
 def _is(reference: Reference, fake: Extracted) -> dict[str, float]:
@@ -58,7 +63,7 @@ def _is(reference: Reference, fake: Extracted) -> dict[str, float]:
 def _prdc(reference: Reference, fake: Extracted) -> dict[str, float]:
     """On as many real samples as fake ones, since all four depend on both numbers."""
     n = min(len(reference.real), len(fake))
-    return reference.balls(n).prdc(float64(fake.part(order(len(fake))[:n]).features))._asdict()
+    return reference.balls(n).prdc(_beside(reference, fake.part(order(len(fake))[:n])))._asdict()
 
 
 def _kl(reference: Reference, fake: Extracted) -> dict[str, float]:
@@ -289,8 +294,8 @@ def _extracted(extractor, data: Data) -> tuple[Extracted, Kept]:
 
 def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference, n: int, extractor) -> dict[str, Any]:
     """Scores of up to n real samples in place of generated ones: held out, or the other half of the reference."""
-    available = len(reference.real) // 2 if held_out is None else len(held_out)
-    n, against = min(n, available), "half" if held_out is None else held_out.fingerprint
+    most = len(reference.real) // 2 if held_out is None else len(held_out)
+    n, against = min(n, most), "half" if held_out is None else held_out.fingerprint
 
     @cache
     def pair() -> tuple[Reference, Extracted]:
@@ -298,13 +303,19 @@ def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference,
             found, _ = _extracted(extractor, held_out)  # all of it, so that it is kept once
             return reference, found.part(order(len(found))[:n])
         shuffled = order(len(reference.real))
-        other = Reference(reference.real.part(shuffled[available:]), Kept(), reference.modes)
+        other = Reference(reference.real.part(shuffled[most:]), Kept(), reference.modes)
         return other, reference.real.part(shuffled[:n])
+
+    def measured(score) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in score(*pair()).items()}
 
     real: dict[str, Tensor] = {}
     for score in _passes(metrics):
-        compute = lambda score=score: {k: torch.tensor(v, dtype=torch.float64) for k, v in score(*pair()).items()}  # noqa: E731
-        real |= reference.keep(f"floor{score.__name__}-{against}-{n}", compute)
+        try:
+            real |= reference.keep(f"floor{score.__name__}-{against}-{n}", partial(measured, score))
+        except ValueError as error:
+            source = "half of data" if held_out is None else "held_out"
+            raise ValueError(f"the floors cannot be measured on {n} samples of {source}: {error}") from error
     return {"floor_n": n, **{_METRICS[name].floor: float(real[name]) for name in metrics}}
 
 

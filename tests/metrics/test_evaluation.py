@@ -312,6 +312,13 @@ def test_mnist_noise_order(real_data):
         (REAL, ImageData(TRAIN.images), {}, "no labels"),
         (REAL, TRAIN, {"held_out": POINTS}, r"held_out must hold samples \[1, 8, 8\] as data 'digits' does, not \[2\]"),
         (REAL, TRAIN, {"halves": 1}, "halves must be 0 or at least 2, not 1"),
+        (REAL, TRAIN, {"held_out": TEST.subset(1)}, "floors cannot be measured on 1 samples of held_out: fake must be"),
+        (
+            REAL,
+            TRAIN.subset(9),
+            {"extractor": pixels, "metrics": ["recall"]},
+            "on 4 samples of half of data: density_k",
+        ),
         (REAL[:5], TRAIN, {"metrics": ["density"]}, "density_k must be 1..4"),
         (REAL, TRAIN, {"extractor": 3}, "extractor must be a name or a callable"),
         (REAL, TRAIN, {"extractor": pixels}, "'is'. need an extractor"),
