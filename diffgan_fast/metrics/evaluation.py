@@ -285,11 +285,9 @@ def _check(
 
 
 def _extracted(extractor, data: Data) -> tuple[Extracted, Kept]:
-    """Features of real data, and where they are kept. Points are their own, and cost too little to be kept."""
-    if data.points:
-        return Extracted(data.batch(slice(None))), Kept()
+    """Features of real data, and where what follows from them is kept. Points are their own features."""
     kept = kept_of(extractor, data)
-    return features_of(extractor, data, kept), kept
+    return (Extracted(data.batch(slice(None))) if data.points else features_of(extractor, data, kept)), kept
 
 
 def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference, n: int, extractor) -> dict[str, Any]:
@@ -311,8 +309,9 @@ def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference,
 
     real: dict[str, Tensor] = {}
     for score in _passes(metrics):
-        try:
-            real |= reference.keep(f"floor{score.__name__}-{against}-{n}", partial(measured, score))
+        compute = partial(measured, score)
+        try:  # modes are no part of a fingerprint
+            real |= compute() if score is _modes else reference.keep(f"floor{score.__name__}-{against}-{n}", compute)
         except ValueError as error:
             source = "half of data" if held_out is None else "held_out"
             raise ValueError(f"the floors cannot be measured on {n} samples of {source}: {error}") from error
@@ -333,9 +332,9 @@ def evaluate(
     """Scores of samples against a data set, with what real data score in their place.
 
     Images, real or not, are rounded to uint8 values before features are taken; nothing is flipped. Points are measured
-    as they are. Features of real images, their statistics and their own scores are kept in the user's cache
-    (``$DIFFGAN_FAST_CACHE`` moves it) if the extractor has a ``hash``, so that a second evaluation costs the samples
-    only.
+    as they are. Features of real images, statistics of real data and their own scores are kept in the user's cache
+    (``$DIFFGAN_FAST_CACHE`` moves it), those of images if the extractor has a ``hash``, so that a second evaluation
+    costs the samples only.
 
     Args:
         samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2 (precision, recall, density and

@@ -90,11 +90,12 @@ class Kept:
 
 
 def kept_of(extractor, data: Data) -> Kept:
-    """What follows from features of a data set, in the user's cache, if the extractor has a hash."""
+    """What follows from features of a data set, in the user's cache: of points, or if the extractor has a hash."""
     about = describe(extractor)
-    if about["hash"] is None:
+    if not data.points and about["hash"] is None:
         return Kept()
-    return Kept(cache_dir() / "features" / f"{about['name']}-{about['hash']}-{RULE}" / data.fingerprint)
+    kind = "points" if data.points else f"{about['name']}-{about['hash']}"
+    return Kept(cache_dir() / "features" / f"{kind}-{RULE}" / data.fingerprint)
 
 
 def features_of(extractor, data: Data, kept: Kept) -> Extracted:

@@ -68,7 +68,13 @@ class Reference:
 
     @cached_property
     def points(self) -> RealPoints:
-        return RealPoints(self.features.cpu().numpy())
+        points = RealPoints(self.features.cpu().numpy())
+
+        def compute() -> dict[str, Tensor]:
+            return {"mean_log": torch.tensor(points.own_distance, dtype=torch.float64)}
+
+        points.own_distance = float(self.keep(f"distance-{points.k}", compute)["mean_log"])
+        return points
 
     def balls(self, n: int) -> RealBalls:
         """Of n samples, a fixed choice. ValueError if they are too few."""

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from diffgan_fast.data import FloatData, ImageData, load
+from diffgan_fast.data.base import Modes
 from diffgan_fast.metrics import (
     DomainClassifier,
     SampleRangeWarning,
@@ -13,6 +14,7 @@ from diffgan_fast.metrics import (
     frechet,
     inception_score,
     kid,
+    knn,
     knn_kl,
     label,
     neighbours,
@@ -197,6 +199,29 @@ def test_a_second_evaluation_costs_the_samples_only(monkeypatch, tmp_path, split
     assert all(tuple(row) in rows for x in seen for row in x.double().tolist())
     other = evaluate(noisy(0.5), data, **options)
     assert other["fid"] != first["fid"] and other["fid_floor"] == first["fid_floor"]
+
+
+def test_a_second_evaluation_of_points_costs_the_samples_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    data, test = load("gaussians25", subset=900), load("gaussians25", split="test", subset=300)
+    samples, queries, search = test.values[:200] + 0.01, [], knn._mean_log_distance
+
+    def watched(points, among, rank):
+        queries.append(len(among))
+        return search(points, among, rank)
+
+    monkeypatch.setattr(knn, "_mean_log_distance", watched)
+    for held_out, of_real in ((test, [900, 200]), (None, [450, 200])):
+        queries.clear()
+        first = evaluate(samples, data, held_out=held_out, halves=2)
+        assert sorted(queries) == sorted([200, 100, 100, *of_real])
+        queries.clear()
+        assert evaluate(samples, data, held_out=held_out, halves=2) == first and sorted(queries) == [100, 100, 200]
+    narrow = FloatData(data.values, modes=Modes(data.modes.centres, data.modes.std / 3))
+    shares = [
+        evaluate(samples, of, held_out=test, metrics=["high_quality"])["high_quality_real"] for of in (data, narrow)
+    ]
+    assert shares[0] > shares[1]  # other modes of the same points
 
 
 def uncached(options):
