@@ -10,7 +10,7 @@ from torch import Tensor
 from diffgan_fast import metrics
 from diffgan_fast.data import Data
 from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
-from diffgan_fast.metrics.evaluation import LEAST_OF_MODE
+from diffgan_fast.metrics.cautions import LEAST_OF_MODE
 from diffgan_fast.run import Run
 
 SEED = 2  # of the samples; pictures show those of 0, `Run.evaluate` measures those of 1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..data import Data
-from ..data.base import Modes
+from .cautions import LEAST_OF_MODE, SampleRangeWarning, SmallSampleWarning, few_samples, out_of_range
 from .checks import float64
-from .extraction import BATCH, Extracted, Kept, batches, describe, extract, features_of, kept_of
+from .extraction import BATCH, Extracted, Kept, describe, extract, features_of, kept_of
 from .extractors import find_extractor
 from .frechet import fid, fid_infinity
 from .kernel import mmd2
@@ -28,15 +28,7 @@ HIGHER_IS_BETTER = frozenset(
 LEAST_TO_COMPARE = 10_000  # samples, with which papers measure
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
 MAX_REFERENCE = 10_000  # real images, unless more are asked for
-MODE_RADIUS, LEAST_OF_MODE = 3, 20  # standard deviations that count as near, and samples that make a mode covered
-
-
-class SmallSampleWarning(UserWarning):
-    """A score of so few samples that its bias outweighs what it is to tell."""
-
-
-class SampleRangeWarning(UserWarning):
-    """Samples that look as if they lay in another range than the data."""
+MODE_RADIUS = 3  # standard deviations that count as near
 
 
 def _fid(reference: Reference, fake: Extracted) -> dict[str, float]:
@@ -201,55 +193,6 @@ def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halve
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
-def _cautions(metrics: Sequence[str], reference: Reference, fake: Extracted) -> list[str]:
-    """Why scores of these samples, or against so few real ones, say too little, in sentences."""
-    found, d, n = [], fake.features.shape[1], min(len(fake), len(reference.real))
-    if "fid" in metrics and n < 5 * d:  # its authors ask for 10,000 of 2048 features
-        found.append(
-            f"FID is biased upwards where samples are few: {n:,} are for {d:,} features. Take {5 * d:,} or more, "
-            "compare only scores of equal n, or ask for KID or fid_infinity."
-        )
-    if "is" in metrics and fake.logits is not None and len(fake) < 50 * (k := fake.logits.shape[1]):
-        # Miller's correction of the entropy of the mean: up to (k - 1) / 2n
-        found.append(
-            f"IS is biased downwards by up to {(k - 1) / 2 / len(fake):.1%}: {len(fake):,} samples are few for {k:,} "
-            f"classes. Take {50 * k:,} or more."
-        )
-    if "fid_infinity" in metrics and n // 10 < 2 * d:
-        found.append(
-            f"FID∞ is a line through FIDs of {max(2, n // 10):,} samples and more, of {d:,} features: FID's bias is "
-            f"nearly linear only from about {2 * d:,} on. Take {20 * d:,} samples or more."
-        )
-    if "kl" in metrics and n < 1000:  # of 500 points of equal laws in 2-D: -0.04 ± 0.02 bits
-        found.append(
-            f"KL of {n:,} points is biased and varies, both by some hundredths of a bit: take 1,000 or more, and "
-            "compare only scores of equal n."
-        )
-    if "modes" in metrics and reference.modes is not None and len(fake) < (least := _modes_need(reference.modes)):
-        found.append(
-            f"modes: {len(fake):,} samples are {len(fake) / len(reference.modes.centres):.3g} a mode on average, of "
-            f"which {LEAST_OF_MODE} make it covered: some are missed by chance. Take {least:,} or more."
-        )
-    if n < 1000 and (shares := [name for name in metrics if _METRICS[name].score is _prdc]):
-        found.append(f"{', '.join(shares).capitalize()} of {n:,} samples are coarse: take 1,000 or more.")
-    return found
-
-
-def _modes_need(modes: Modes) -> int:
-    """Samples of which a perfect sampler covers all modes: 40 of each, and then hardly ever fewer than 20 of one."""
-    return 2 * LEAST_OF_MODE * len(modes.centres)
-
-
-def _out_of_range(samples: Tensor, data: Data) -> str | None:
-    """A sentence if images seem to lie in [0, 1] and not in [-1, 1] as the data do."""
-    if data.points or samples.min() < 0 or all(batch.min() >= 0 for batch in batches(data)):
-        return None
-    return (
-        f"samples lie in {float(samples.min()):.3g}..{float(samples.max()):.3g}, and none is below 0 as images of "
-        f"{data.name!r} are: images in [0, 1] must be scaled to [-1, 1] first, samples = 2 * samples - 1."
-    )
-
-
 def _check(
     samples: Tensor, data: Data, held_out: Data | None, metrics, extractor, halves: int, max_reference: int | None
 ) -> None:
@@ -404,10 +347,10 @@ def evaluate(
         result["classes_covered"] = int((counts > 0).sum())
     if about:
         result |= {"extractor": about, "comparable": about["comparable"]}
-    cautions = _cautions(metrics, reference, fake)
+    cautions = few_samples(metrics, reference, fake)
     for caution in cautions:
         warnings.warn(caution, SmallSampleWarning, stacklevel=2)
-    if range_caution := _out_of_range(samples, data):
+    if range_caution := out_of_range(samples, data):
         warnings.warn(range_caution, SampleRangeWarning, stacklevel=2)
         cautions.append(range_caution)
     return result | {"labels": {name: label(name, about) for name in metrics}, "warnings": cautions}
