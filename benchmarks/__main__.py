@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.threads is None:
         threads = {torch.get_num_threads()} if arguments.device == "cuda" else {1, os.cpu_count() or 1}
-        if arguments.benchmark == "chain":  # minutes a row
+        if arguments.benchmark in ("chain", "metrics"):  # minutes a row
             threads = {max(threads)}
         arguments.threads = sorted(threads)
     if arguments.processes is None:

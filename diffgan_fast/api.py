@@ -42,6 +42,7 @@ def train(
     critic: nn.Module | Run | str | Path | None = None,
     generator: nn.Module | None = None,
     subset: int | None = None,
+    size: int | None = None,
     callbacks: Sequence[Callable[[Run, dict], None]] = (),
     progress: bool = True,
     **options: Any,
@@ -65,6 +66,7 @@ def train(
             `critic` may also be a run whose critic to start from; without one, a method that wants a pre-trained critic
             trains a `gan` first, into out/critic.
         subset: train on that many samples of the data, a fixed choice.
+        size: crop the images of a folder or zip to their central square and resize them to so many pixels.
         callbacks: called as callback(run, row) after each logged row, in every process.
         progress: show a progress bar.
         options: fields of the method's config, for example steps=, batch_size=, lr=. batch_size="auto" is the largest
@@ -82,7 +84,7 @@ def train(
         if distributed.size() > 1:
             raise ValueError("batch_size must be an int in a run of several processes, got 'auto'")
     with distributed.main_first():  # data that have to be fetched are fetched once
-        start = resolve(method, data, preset, base, critic, model, generator, device, subset, options)
+        start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
     folder = Path(out) if out is not None else Path("runs") / f"{method}-{start.data.name}"
     if automatic:
         start.method = _with_largest_batch(start, folder, seed)
@@ -93,7 +95,7 @@ def train(
     with distributed.main_first():
         selection = _selection(start) if config.evaluate_every else None
     resuming = distributed.from_main(lambda: _prepare(folder, settings, resume))
-    common = dict(seed=seed, device=device, subset=subset, progress=progress)
+    common = dict(seed=seed, device=device, subset=subset, size=size, progress=progress)
     if kind.fine_tunes and not resuming and start.base is None and model is None:
         start.base = _train_base(data, folder / "base", preset, config, common)
         settings["base"] = identity(start.base, "denoiser")
@@ -148,6 +150,7 @@ def plan(
     critic: nn.Module | Run | str | Path | None = None,
     generator: nn.Module | None = None,
     subset: int | None = None,
+    size: int | None = None,
     **options: Any,
 ) -> planning.Plan:
     """What `train` with these arguments will take, before it is run: memory and time, and which `recompute` fits.
@@ -158,7 +161,7 @@ def plan(
     Returns: a `Plan`; print it.
     Raises: ValueError as `train`; torch.OutOfMemoryError if even a short chain does not fit.
     """
-    start = resolve(method, data, preset, base, critic, model, generator, device, subset, options)
+    start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
     return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
 
 
@@ -187,7 +190,7 @@ def compare(
         raise ValueError("names must hold at least one method")
     folder, data, found, options = Path(out), read_once(data), {}, options or {}
     if base is None and "ddpm" not in names and any(find_method(name).fine_tunes for name in names):
-        known = known_to(find_method("ddpm")) | {"device", "subset", "progress"}
+        known = known_to(find_method("ddpm")) | {"device", "subset", "size", "progress"}
         shared = {k: v for k, v in common.items() if k in known}
         base = train("ddpm", data, folder / "base", seed=seed, resume=True, **shared)
     for name in sorted(names, key=lambda name: name != "ddpm"):  # the base comes first
@@ -195,7 +198,7 @@ def compare(
         start: dict[str, Any] = {"base": base} if kind.fine_tunes else {}
         config = kind.Config.make(chosen.get("preset"), **{k: v for k, v in chosen.items() if k in known_to(kind)})
         if kind.pretrained_critic(config) and "critic" not in chosen:  # one for all of its width
-            shared = {k: v for k, v in common.items() if k in ("device", "subset", "progress")}
+            shared = {k: v for k, v in common.items() if k in ("device", "subset", "size", "progress")}
             where = folder / f"critic-{config.critic_width}"
             start["critic"] = _train_critic(data, where, kind, config, {"seed": seed, **shared})
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **chosen)
@@ -238,11 +241,10 @@ def _with_largest_batch(start: Start, folder: Path, seed: int) -> Method:
 
 
 def _selection(start: Start) -> Selection:
-    """Judge of the best checkpoint: by the test split of a named data set, or else by the data themselves."""
-    named = isinstance(start.source, str) and start.source in data_sets.datasets()
-    data = data_sets.load(start.source)  # not the subset: the classifier is that of `Run.evaluate`
-    against = data_sets.load(start.source, split="test") if named else data
-    return Selection(start.method.config, data, against)
+    """Judge of the best checkpoint: by the test split, or by the data themselves if they have none."""
+    data = data_sets.load(start.source, size=start.size)  # not the subset: the classifier is that of `Run.evaluate`
+    test = data_sets.load_test(start.source, size=start.size)
+    return Selection(start.method.config, data, data if test is None else test)
 
 
 def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:

@@ -22,6 +22,7 @@ import typer
 import diffgan_fast as dgf
 from diffgan_fast import methods, report
 from diffgan_fast.engine import TrainConfig, distributed
+from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.run import pick_device
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(reproduce_app, name="reproduce")
 
 Data = Annotated[str, typer.Option(help="data set by name, or a folder or zip of images", metavar="NAME|PATH")]
+Size = Annotated[int | None, typer.Option(help="crop and resize the images of a folder or zip to so many pixels")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(help="everything random follows from it")]
 Best = Annotated[bool, typer.Option("--best", help="at the checkpoint that scored best in training")]
@@ -106,6 +108,7 @@ def _add_train_command(name: str, config: type[TrainConfig]) -> None:
         "plan": (False, Annotated[bool, typer.Option("--plan", help="say what it will take, and do not train")]),
         "device": ("auto", Device),
         "subset": (None, Annotated[int | None, typer.Option(help="train on so many samples, a fixed choice")]),
+        "size": (None, Size),
     }
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(k, kind, default=d, annotation=a) for k, (d, a) in common.items()]
@@ -171,8 +174,9 @@ def evaluate(
     ] = None,
     max_reference: Annotated[
         int, typer.Option(help="real images that samples are measured against at most, a fixed choice (0: all)")
-    ] = 10_000,
+    ] = MAX_REFERENCE,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    size: Size = None,
     best: Best = False,
     sampler: Sampler = None,
     steps: Steps = None,
@@ -189,6 +193,11 @@ def evaluate(
     is_run = (what / "config.json").exists()
     if (how or best) and not is_run:
         raise ValueError(f"{', '.join(how or ['best'])} must not be given: {what} is no run to sample from")
+    named = against is None or against in dgf.datasets()
+    if size is not None and named and (is_run or what.suffix == ".npz"):
+        raise ValueError(
+            f"size must not be given: {what} is no folder or zip of images, nor what it is measured against"
+        )
     if is_run and against is None:
         given: dict[str, Any] = {"metrics": names, "extractor": extractor, "max_reference": max_reference or None}
         result = dgf.load(what, device=device, best=best).evaluate(n or 2000, **given, **how)
@@ -196,12 +205,14 @@ def evaluate(
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
     else:
-        data, on = dgf.data.load(against), pick_device(device)
+        of_theirs = None if named else size
+        data, on = dgf.data.load(against, size=of_theirs), pick_device(device)
         if is_run:
-            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
+            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, progress=True, **how)
         else:
-            samples = _stored(what, n, data)
-        held_out = dgf.data.load(against, split="test").to(on) if against in dgf.datasets() else None
+            samples = _stored(what, n, data, size)
+        test = dgf.data.load_test(against, size=of_theirs)
+        held_out = None if test is None else test.to(on)
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
         options["max_reference"] = max_reference or None
         result = dgf.metrics.evaluate(samples, data.to(on), **options)
@@ -219,13 +230,13 @@ def _told(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _stored(path: Path, n: int | None, like: dgf.data.Data) -> torch.Tensor:
+def _stored(path: Path, n: int | None, like: dgf.data.Data, size: int | None) -> torch.Tensor:
     """Samples from a folder or zip of images, or an .npz: its array "samples", or "arr_0", or its only one.
 
     Grey images may be stored as colours, or colours be wanted of grey ones.
     """
     if path.suffix != ".npz":
-        found = dgf.data.load(path)
+        found = dgf.data.load(path, size=size)
     else:
         try:
             with np.load(path) as file:
@@ -449,7 +460,8 @@ def main(arguments: list[str] | None = None) -> None:
     errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dgf.metrics.SmallSampleWarning)  # they stand below the tables
+            for kind in (dgf.metrics.SmallSampleWarning, dgf.metrics.SampleRangeWarning):
+                warnings.simplefilter("ignore", kind)  # they stand below the tables
             app(args=arguments)
     except errors as error:
         typer.echo(f"diffgan-fast: {error}", err=True)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, methods, random
 from diffgan_fast import metrics as measures
 from diffgan_fast.engine import Method, State, checkpoint
+from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -79,6 +81,7 @@ class Run:
     ):
         self.path, self.method, self.state, self.seed, self.best = path, method, state, seed, best
         self._data, self.data_name, self.given = data, settings["data"], tuple(settings["given"])
+        self._size = settings.get("size")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.method.name}, step {self.state.step} of {self.method.config.steps})"
@@ -95,7 +98,7 @@ class Run:
 
     @property
     def named(self) -> bool:
-        """Whether the data are one of `dgf.datasets()`, which can be loaded again and have a test split."""
+        """Whether the data are one of `dgf.datasets()`."""
         return isinstance(self._data, str) and self._data in data_sets.datasets()
 
     def sample(
@@ -107,6 +110,7 @@ class Run:
         ema: bool = True,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
+        progress: bool = False,
         **how: Any,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
@@ -116,6 +120,7 @@ class Run:
             ema: from the averaged weights, if the run has them.
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
+            progress: show a progress bar, on a terminal.
             how: what the method's `sampling_options` name, in place of the run's settings; of a denoiser steps=,
                 sampler=, eta=, variance=, clip_x0=, guidance_scale=, as for `sampling.Reverse`.
 
@@ -137,27 +142,22 @@ class Run:
             labels = labels.expand(n)
         batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
         key = random.fold_in(random.key(seed), "sample")
-        parts = [
-            self.method.sample(
-                self.state,
-                min(batch, n - i),
-                key,
-                first=first + i,
-                ema=ema,
-                labels=None if labels is None else labels[i : i + batch],
-                **how,
-            ).cpu()
-            for i in range(0, n, batch)
-        ]
+        parts = []
+        with tqdm(total=n, desc="samples", unit="sample", disable=None if progress else True) as bar:
+            for i in range(0, n, batch):
+                given = None if labels is None else labels[i : i + batch]
+                options: dict[str, Any] = dict(first=first + i, ema=ema, labels=given, **how)
+                parts.append(self.method.sample(self.state, min(batch, n - i), key, **options).cpu())
+                bar.update(len(parts[-1]))
         return torch.cat(parts)
 
     def reference(self, split: str = "train") -> data_sets.Data:
-        """All of "train", also if a subset was trained on, or the "test" split of a named data set."""
+        """All of "train", also if a subset was trained on, or the "test" split of a named data set or a folder."""
         if self._data is None:
             raise ValueError("this run was trained on your own data: pass it to dgf.load as data=")
         if split != "train" and not isinstance(self._data, str):
             raise ValueError(f"split must be 'train': {self.data_name!r} has no other")
-        return data_sets.load(self._data, split=split)
+        return data_sets.load(self._data, split=split, size=self._size)
 
     def evaluate(
         self,
@@ -166,7 +166,7 @@ class Run:
         metrics: Sequence[str] | None = None,
         seed: int = 1,
         extractor: Any = None,
-        max_reference: int | None = 10_000,
+        max_reference: int | None = MAX_REFERENCE,
         **how: Any,
     ) -> dict[str, Any]:
         """Measures n samples against the training data, by default with all metrics for this kind of data.
@@ -176,15 +176,17 @@ class Run:
         result is kept as evaluation.json (of the best checkpoint: evaluation-best.json).
         """
         started = time.perf_counter()
-        samples = self.sample(n, seed, **how)
+        samples = self.sample(n, seed, progress=True, **how)
         seconds = time.perf_counter() - started
-        held_out = self.reference("test") if self.named else None
+        held_out = data_sets.load_test(self._data, size=self._size)
         given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
         result = measures.evaluate(samples, self.reference(), held_out=held_out, **given)
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
             loss = self.method.evaluation_loss(self.state, held_out.values, key)
             result |= {} if loss is None else {"eval_loss": loss}
+        if self.best and held_out is None:
+            result["warnings"] += ["This checkpoint was chosen on the data that it is scored on, which flatters it."]
         result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed, "sampling": how}
         files.write(self._evaluation, json.dumps(result, indent=1) + "\n")
         return result
@@ -196,9 +198,12 @@ class Run:
     def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
         """What `evaluate(n, seed=seed)` gives: read from the file that it is kept in, if that holds it."""
         stored = json.loads(self._evaluation.read_text()) if self._evaluation.exists() else {}
-        known = (stored.get("n"), stored.get("step"), stored.get("seed")) == (n, self.state.step, seed)
+        data = self.reference()
+        reference_n = len(data) if data.points else min(len(data), MAX_REFERENCE)
+        wanted_facts = {"n": n, "step": self.state.step, "seed": seed, "reference_n": reference_n}
+        known = all(stored.get(name) == value for name, value in wanted_facts.items())
         usual = stored.get("extractor", {}).get("name", "domain") == "domain" and not stored.get("sampling")
-        wanted = set(measures.usual(self.reference()))
+        wanted = set(measures.usual(data))
         return stored if known and usual and wanted <= stored["labels"].keys() else self.evaluate(n, seed=seed)
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffgan_fast import metrics
 from diffgan_fast.data import Data
 from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
+from diffgan_fast.metrics.cautions import LEAST_OF_MODE
 from diffgan_fast.run import Run
 
 SEED = 2  # of the samples; pictures show those of 0, `Run.evaluate` measures those of 1
@@ -21,19 +22,28 @@ class Selection:
     Args:
         config: `evaluate_n`, `evaluate_on` and `best_by`.
         data: what the run is trained on; of images, the classifier "domain" is that of its classes.
-        against: what samples are measured against. Not the split that the final scores are taken on, where there is
-            another: a checkpoint that was chosen by a score has a better one there than on new data.
+        against: what samples are measured against: the test split where there is one, and not what the final scores are
+            taken on. A checkpoint that was chosen by a score has a better one there than on new data.
 
     Raises:
         ValueError: the data have no labels for a classifier, `best_by` is no metric for them, or they are too few.
     """
 
     def __init__(self, config: TrainConfig, data: Data, against: Data):
+        if against.shape != data.shape:
+            theirs, ours = list(against.shape), list(data.shape)
+            raise ValueError(f"the test split of data {data.name!r} must hold samples {ours} as it does, not {theirs}")
         self.n, self.against = config.evaluate_n, against
         self.metric = config.best_by or ("kl" if data.points else "kid")
         fitting = metrics.available(data)
         if self.metric not in fitting:
             raise ValueError(f"best_by must be one of {', '.join(fitting)} for data {data.name!r}, got {self.metric!r}")
+        modes = getattr(data, "modes", None)
+        if self.metric == "modes" and modes is not None and self.n < (least := LEAST_OF_MODE * len(modes.centres)):
+            raise ValueError(
+                f"best_by='modes' needs evaluate_n={least} or more for data {data.name!r}, got {self.n}: "
+                f"{LEAST_OF_MODE} samples make one of its {len(modes.centres)} modes covered"
+            )
         self.extractor = None if data.points else metrics.find_extractor(config.evaluate_on, data)
         self._scores(against.batch(slice(0, self.n)))  # what cannot be measured is told before training
 

@@ -29,6 +29,7 @@ class Start:
     method: Method
     source: Any  # the data as they were named or given
     data: data_sets.Data
+    size: int | None  # of its images, where those of a folder are resized
     device: torch.device
     given: dict[str, nn.Module]  # the user's own networks
     base: Run | None  # whose denoiser to start from
@@ -48,13 +49,13 @@ class Start:
         return found
 
 
-def resolve(method, data, preset, base, critic, model, generator, device, subset, options) -> Start:
+def resolve(method, data, preset, base, critic, model, generator, device, subset, size, options) -> Start:
     """The arguments of `train`, checked against each other. Nothing is written."""
     kind, where = find_method(method), pick_device(device)
     if base is not None and not kind.has_denoiser:
         raise ValueError(f"base must be None: method {method!r} has no denoiser to start from another run's")
     source = read_once(data)
-    train_data = data_sets.load(source, subset=subset)
+    train_data = data_sets.load(source, subset=subset, size=size)
     base = load(base, data=source, device=where, model=model) if isinstance(base, str | Path) else base
     judge = load(critic, data=source, device=where) if isinstance(critic, str | Path) else critic
     dictated = _dictated(base, DENOISER_OPTIONS, "base")
@@ -84,7 +85,7 @@ def resolve(method, data, preset, base, critic, model, generator, device, subset
         made = instance.networks(given)
     if unused := given.keys() - made.keys():
         raise ValueError(f"{', '.join(sorted(unused))} must be None: method {method!r} has no such network")
-    return Start(instance, source, train_data, where, given, base, judge)
+    return Start(instance, source, train_data, size, where, given, base, judge)
 
 
 def read_once(data: Any) -> Any:
@@ -111,6 +112,7 @@ def describe(start: Start, seed: int, subset: int | None) -> dict[str, Any]:
         "data_is_named": isinstance(source, str),
         "fingerprint": data.fingerprint,
         "subset": subset,
+        "size": start.size,
         "seed": seed,
         "shape": list(method.shape),
         "num_classes": method.num_classes,

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,11 +81,42 @@ def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
     assert "one of domain, inception, vgg16, effl0, not 'x'" in wrong.err
 
 
+def test_folders_of_mixed_sizes_are_resized(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffgan_fast.metrics.features.IMAGES_SEEN", 200)  # of the classifier
+    data = dgf.data.load("digits", split="test", subset=60)
+    for i, image in enumerate(data.images):
+        where = tmp_path / "mixed" / str(int(data.labels[i]))
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).resize((8 + i,) * 2).save(where / f"{i}.png")
+    np.savez(tmp_path / "s.npz", data.images.numpy())
+    measure = ["evaluate", str(tmp_path / "mixed"), "--metrics", "kid", "--json", "--against"]
+    assert "pass size= (--size)" in run(capsys, *measure, "digits", code=2).err
+    for against in ("digits", str(tmp_path / "mixed")):
+        assert json.loads(run(capsys, *measure, against, "--size", "8").out)["n"] == 60
+    npz = ["evaluate", str(tmp_path / "s.npz"), "--size", "8", "--against", "digits"]
+    assert "size must not be given" in run(capsys, *npz, code=2).err
+    trained = ["train", "ddpm", "--data", str(tmp_path / "mixed"), "--out", str(tmp_path / "run"), "--size", "8", *FAST]
+    run(capsys, *trained)
+    assert dgf.load(tmp_path / "run").reference().shape == (1, 8, 8)
+
+
 def test_a_run_is_measured_against_other_data(trained, capsys, tmp_path):
     stored = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     text = run(capsys, "evaluate", str(trained), "--against", "digits", "--n", "30", "--metrics", "kid", "--json").out
     assert json.loads(text)["n"] == 30 and set(json.loads(text)["labels"]) == {"kid"}
     assert stored == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+
+
+def test_progress_of_sampling_is_shown_on_a_terminal(trained, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    for against in ([], ["--against", "digits"]):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(trained), "--n", "30", "--metrics", "kid", *against])
+        assert "samples: 100%" in sys.stderr.getvalue() and "domain features: 100%" in sys.stderr.getvalue()
 
 
 def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):
@@ -147,5 +180,8 @@ def test_evaluate_takes_what_others_store(capsys, tmp_path):
         "n must be at least 2, got 0"
         in run(capsys, "evaluate", str(tmp_path / "grey.npz"), *options, "--n", "0", code=2).err
     )
+    np.savez(tmp_path / "unit.npz", samples=(grey / 255).float().numpy())
+    unit = run(capsys, "evaluate", str(tmp_path / "unit.npz"), "--against", "digits", "--metrics", "kid")
+    assert "images in [0, 1] must be scaled to [-1, 1] first" in unit.out and not unit.err
     table = run(capsys, "evaluate", str(tmp_path / "grey.npz"), "--against", "digits", "--metrics", "kid").out
     assert "±" in table and "real data" in table

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .base import ImageData
+from .registry import SPLITS
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 _GREY, _DEEP = {"1", "L", "LA"}, {"I", "F", "I;16", "I;16B", "I;16L"}
@@ -60,8 +61,9 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
     flipped.
 
     Args:
-        path: the folder or zip file. If it holds a folder ``split``, only that folder is read.
-        split: ``"train"`` or ``"test"``; without such a folder everything is ``"train"``.
+        path: the folder or zip file.
+        split: ``"train"`` or ``"test"``: what lies in a folder of that name. Without a folder ``train``, that is all
+            that lies outside ``test``; in a folder of nothing but ``test``, all.
         size: pixels of the square result; None if the files have one size already.
 
     Returns:
@@ -71,10 +73,9 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
         ValueError: no image, a broken or 16-bit one, different sizes without ``size``, no such split.
     """
     files = _Files(Path(path))
-    names = [n for n in files.names if split in PurePosixPath(n).parts[:-1]]
+    names = _split(files.names, split)
     if not names and split != "train":
         raise ValueError(f"split {split!r}: {path} has no folder of that name with images")
-    names = names or files.names
     if not names:
         raise ValueError(f"data {str(path)!r} holds no image; known are {', '.join(sorted(EXTENSIONS))}")
     modes: set[str] = set()
@@ -87,7 +88,7 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
             sizes.setdefault(image.size, name)
     if size is None and len(sizes) > 1:
         some = ", ".join(f"{w}x{h} ({name})" for (w, h), name in list(sizes.items())[:3])
-        raise ValueError(f"{path}: the images differ in size: {some}; pass size= to crop and resize them")
+        raise ValueError(f"{path}: the images differ in size: {some}; pass size= (--size) to crop and resize them")
     mode = "L" if modes <= _GREY else "RGB"
     width, height = (size, size) if size is not None else next(iter(sizes))
     out = np.empty((len(names), height, width, len(mode) if mode == "RGB" else 1), np.uint8)
@@ -100,6 +101,22 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
     labels, classes = _classes(names)
     images = torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
     return ImageData(images, labels, classes, Path(path).stem)
+
+
+def has_test_split(path: str | os.PathLike) -> bool:
+    """Whether a folder or zip file of images holds a part ``test`` beside what is trained on."""
+    names = _Files(Path(path)).names
+    test = _split(names, "test")
+    return bool(test) and test != _split(names, "train")
+
+
+def _split(names: list[str], split: str) -> list[str]:
+    """The files of a split; the topmost folder called after one decides."""
+    of = {name: next((part for part in PurePosixPath(name).parts[:-1] if part in SPLITS), None) for name in names}
+    found = [name for name in names if of[name] == split]
+    if split == "train" and not found:
+        found = [name for name in names if of[name] is None] or names
+    return found
 
 
 def _classes(names: list[str]) -> tuple[torch.Tensor | None, tuple[str, ...]]:

@@ -34,7 +34,7 @@ def load(data, *, root=None, split="train", subset=None, seed=0, labels=None, si
         subset: keep this many samples, chosen at random by ``seed``; None keeps all.
         seed: of that choice.
         labels: int64 ``[N]``, for data that brings none.
-        size: crop images of a folder or zip to their central square and resize them to this many pixels.
+        size: crop images of a folder or zip to their central square and resize them to this many pixels. Only theirs.
 
     Returns:
         ImageData for uint8 images, FloatData for float images and points.
@@ -43,7 +43,11 @@ def load(data, *, root=None, split="train", subset=None, seed=0, labels=None, si
         ValueError: an argument that does not fit, or a broken file; the message names it.
         FileNotFoundError: the files of a registered name were neither found nor downloaded.
     """
-    if isinstance(data, str) and data in datasets():
+    named = isinstance(data, str) and data in datasets()
+    if size is not None and (named or not isinstance(data, str | os.PathLike)):
+        given = repr(data) if named else type(data).__name__
+        raise ValueError(f"size must be None for data {given}, not {size}: only a folder or zip of images is resized")
+    if named:
         found = load_named(data, root, split)
     elif isinstance(data, str | os.PathLike):
         found = _from_files(data, split, size)
@@ -62,13 +66,33 @@ def load(data, *, root=None, split="train", subset=None, seed=0, labels=None, si
     return found if subset is None else found.subset(subset, seed)
 
 
-def _from_files(path: str | os.PathLike, split: str, size: int | None) -> ImageData:
+def load_test(data, *, size=None) -> Data | None:
+    """The test split of what :func:`load` would take, if it is a name, or a folder or zip file with a part ``test``.
+
+    Raises:
+        ValueError: an argument that does not fit, or a broken file; the message names it.
+    """
+    if not isinstance(data, str | os.PathLike):
+        return None
+    if str(data) not in datasets():
+        from .folder import has_test_split  # Pillow only where it is needed
+
+        if not has_test_split(_existing(data)):
+            return None
+    return load(data, split="test", size=size)
+
+
+def _existing(path: str | os.PathLike) -> Path:
     if not Path(path).expanduser().exists():
         names = ", ".join(map(repr, datasets()))
         raise ValueError(f"data must be one of {names}, or an existing folder or zip file, not {str(path)!r}")
+    return Path(path).expanduser()
+
+
+def _from_files(path: str | os.PathLike, split: str, size: int | None) -> ImageData:
     from .folder import read_images  # Pillow only where it is needed
 
-    return read_images(Path(path).expanduser(), split=split, size=size)
+    return read_images(_existing(path), split=split, size=size)
 
 
 def _wrap(values, labels: Tensor | None) -> Data:

@@ -3,7 +3,8 @@
 Each metric is a function on features and an object that is fed batch by batch; :func:`evaluate` brings them together.
 """
 
-from .evaluation import HIGHER_IS_BETTER, SmallSampleWarning, available, evaluate, label, usual
+from .cautions import SampleRangeWarning, SmallSampleWarning
+from .evaluation import HIGHER_IS_BETTER, available, evaluate, label, usual
 from .extractors import VGG, EffL0, Inception, extractors, find_extractor
 from .features import DomainClassifier
 from .frechet import Moments, fid, fid_from_statistics, fid_infinity
@@ -28,6 +29,7 @@ __all__ = [
     "ModeCoverage",
     "Moments",
     "PrecisionRecallDensityCoverage",
+    "SampleRangeWarning",
     "SmallSampleWarning",
     "available",
     "class_coverage",

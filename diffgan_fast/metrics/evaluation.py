@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,83 +13,56 @@ import torch
 from torch import Tensor
 
 from ..data import Data
-from ..data.base import Modes
+from .cautions import LEAST_OF_MODE, SampleRangeWarning, SmallSampleWarning, few_samples, out_of_range
 from .checks import float64
-from .extraction import BATCH, Extracted, describe, extract, features_of
+from .extraction import BATCH, Extracted, Kept, describe, extract, features_of, kept_of
 from .extractors import find_extractor
-from .frechet import Moments, fid, fid_infinity
-from .kernel import mean_kernel_within, mmd2
-from .knn import RealPoints
+from .frechet import fid, fid_infinity
+from .kernel import mmd2
 from .modes import inception_score, mode_coverage
-from .neighbours import prdc
+from .reference import Reference, order
 
 HIGHER_IS_BETTER = frozenset(
     ("is", "precision", "recall", "density", "coverage", "modes", "high_quality")
 )  # else lower is
 LEAST_TO_COMPARE = 10_000  # samples, with which papers measure
 LEAST_FOR_SPREAD = 20  # samples, below which halves say nothing
-MODE_RADIUS, LEAST_OF_MODE = 3, 20  # standard deviations that count as near, and samples that make a mode covered
+MAX_REFERENCE = 10_000  # real images, unless more are asked for
+MODE_RADIUS = 3  # standard deviations that count as near
 
 
-class SmallSampleWarning(UserWarning):
-    """A score of so few samples that its bias outweighs what it is to tell."""
-
-
-class _Reference:
-    """Real samples, and what of them alone a metric needs: computed once, whatever is measured against them."""
-
-    def __init__(self, real: Extracted, modes: Modes | None = None):
-        self.real, self.modes = real, modes
-
-    @cached_property
-    def moments(self) -> Moments:
-        return Moments(self.real.features)
-
-    @cached_property
-    def features(self) -> Tensor:
-        return float64(self.real.features)
-
-    @cached_property
-    def kernel(self) -> float:
-        return mean_kernel_within(self.features)
-
-    @cached_property
-    def points(self) -> RealPoints:
-        return RealPoints(self.features.cpu().numpy())
-
-
-def _order(n: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(n))
-
-
-def _fid(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _fid(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"fid": fid(reference.moments, fake.features)}
 
 
-def _fid_infinity(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _fid_infinity(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"fid_infinity": fid_infinity(reference.moments, fake.features)}
 
 
-def _kid(reference: _Reference, fake: Extracted) -> dict[str, float]:
-    return {"kid": mmd2(reference.features, float64(fake.features).to(reference.features.device), reference.kernel)}
+def _beside(reference: Reference, fake: Extracted) -> Tensor:
+    """Features as float64 where the reference is."""
+    return float64(fake.features).to(reference.features.device)
 
 
-def _is(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _kid(reference: Reference, fake: Extracted) -> dict[str, float]:
+    return {"kid": mmd2(reference.features, _beside(reference, fake), reference.kernel)}
+
+
+def _is(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"is": inception_score(fake.logits)[0]}
 
 
-def _prdc(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _prdc(reference: Reference, fake: Extracted) -> dict[str, float]:
     """On as many real samples as fake ones, since all four depend on both numbers."""
     n = min(len(reference.real), len(fake))
-    real, fake = (of.part(_order(len(of))[:n]) for of in (reference.real, fake))
-    return prdc(real.features, fake.features)._asdict()
+    return reference.balls(n).prdc(_beside(reference, fake.part(order(len(fake))[:n])))._asdict()
 
 
-def _kl(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _kl(reference: Reference, fake: Extracted) -> dict[str, float]:
     return {"kl": reference.points.kl(float64(fake.features).cpu().numpy())}
 
 
-def _modes(reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _modes(reference: Reference, fake: Extracted) -> dict[str, float]:
     assert reference.modes is not None  # else the metric does not fit the data
     radius = MODE_RADIUS * reference.modes.std
     found, near = mode_coverage(fake.features, reference.modes.centres, radius, least=LEAST_OF_MODE)
@@ -101,17 +74,18 @@ class _Metric:
     """score: gives this metric, and others of the same pass over the features.
 
     floor: name of the value that real data get in place of the samples. published_on: the features of published values.
-    needs_modes: it measures points whose modes are known.
+    needs_modes: it measures points whose modes are known. unlike_published: what is done otherwise than in papers.
     """
 
     label: str
     help: str
-    score: Callable[[_Reference, Extracted], dict[str, float]]
+    score: Callable[[Reference, Extracted], dict[str, float]]
     floor: str
     published_on: str | None = "inception"  # None: it measures points
     needs_logits: bool = False
     default: bool = True
     needs_modes: bool = False
+    unlike_published: str = ""
 
     @property
     def points(self) -> bool:
@@ -126,7 +100,8 @@ _METRICS = {
     ),
     "kid": _Metric("KID", "kernel distance of features, unbiased; lower is better", _kid, "kid_floor"),
     "is": _Metric(
-        "IS", "Inception score, 1 to the number of classes; higher is better", _is, "is_real", needs_logits=True
+        "IS", "Inception score, 1 to the number of classes; higher is better", _is, "is_real", needs_logits=True,
+        unlike_published="1 split",
     ),
     "precision": _Metric(
         "precision", "share of samples among real ones, k = 3; higher is better", _prdc, "precision_real", "vgg16"
@@ -176,6 +151,8 @@ def usual(data: Data) -> list[str]:
 def label(metric: str, extractor=None) -> str:
     """How a score is called in print: "FID" on the features of published values only, else for example "FID (domain)".
 
+    Published IS is the mean over ten splits, nearly always; here it is that of all samples, "IS (1 split)".
+
     Args:
         metric: a name of :func:`available`.
         extractor: the extractor, or its entry in the result of :func:`evaluate`; metrics of points have none.
@@ -192,52 +169,38 @@ def label(metric: str, extractor=None) -> str:
     if about["name"] == "effl0" and found.label.startswith("FID"):
         return f"{found.label.replace('FID', 'FD')}-effl0"
     comparable = about["comparable"] and about["name"] == found.published_on
-    return found.label + ("" if comparable else f" ({about['name']})")
+    aside = found.unlike_published if comparable else about["name"]
+    return f"{found.label} ({aside})" if aside else found.label
 
 
-def _scores(metrics: Sequence[str], reference: _Reference, fake: Extracted) -> dict[str, float]:
+def _scores(metrics: Sequence[str], reference: Reference, fake: Extracted) -> dict[str, float]:
     """Every metric, each pass over the features once."""
     found: dict[str, float] = {}
-    for score in dict.fromkeys(_METRICS[name].score for name in metrics):
+    for score in _passes(metrics):
         found |= score(reference, fake)
     return {name: found[name] for name in metrics}
 
 
-def _spread(metrics: Sequence[str], reference: _Reference, fake: Extracted, halves: int) -> dict[str, float]:
+def _passes(metrics: Sequence[str]) -> list[Callable]:
+    return list(dict.fromkeys(_METRICS[name].score for name in metrics))
+
+
+def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halves: int) -> dict[str, float]:
     """Standard deviation over random halves. For a mean it is the standard error of the mean of all: n/2 out of n drawn
     without replacement vary by σ²(2/n)(1 - 1/2)."""
-    n = len(fake)
-    values = [_scores(metrics, reference, fake.part(_order(n, seed + 1)[: n // 2])) for seed in range(halves)]
+    n, metrics = len(fake), [name for name in metrics if name != "modes"]  # a half has half as many of each mode
+    values = [_scores(metrics, reference, fake.part(order(n, seed + 1)[: n // 2])) for seed in range(halves)]
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
-def _cautions(metrics: Sequence[str], n: int, fake: Extracted) -> list[str]:
-    """Why scores of n samples say too little, in sentences. n: of samples or of the reference, whichever are fewer."""
-    found, d = [], fake.features.shape[1]
-    if "fid" in metrics and n < 5 * d:  # its authors ask for 10,000 of 2048 features
-        found.append(
-            f"FID is biased upwards where samples are few: {n:,} are for {d:,} features. Take {5 * d:,} or more, "
-            "compare only scores of equal n, or ask for KID or fid_infinity."
-        )
-    if "is" in metrics and fake.logits is not None and len(fake) < 50 * (k := fake.logits.shape[1]):
-        # Miller's correction of the entropy of the mean: up to (k - 1) / 2n
-        found.append(
-            f"IS is biased downwards by up to {(k - 1) / 2 / len(fake):.1%}: {len(fake):,} samples are few for {k:,} "
-            f"classes. Take {50 * k:,} or more."
-        )
-    if "fid_infinity" in metrics and n // 10 < 2 * d:
-        found.append(
-            f"FID∞ is a line through FIDs of {max(2, n // 10):,} samples and more, of {d:,} features: FID's bias is "
-            f"nearly linear only from about {2 * d:,} on. Take {20 * d:,} samples or more."
-        )
-    if n < 1000 and (shares := [name for name in metrics if _METRICS[name].score is _prdc]):
-        found.append(f"{', '.join(shares).capitalize()} of {n:,} samples are coarse: take 1,000 or more.")
-    return found
-
-
-def _check(samples: Tensor, data: Data, metrics, extractor, halves: int, max_reference: int | None) -> None:
+def _check(
+    samples: Tensor, data: Data, held_out: Data | None, metrics, extractor, halves: int, max_reference: int | None
+) -> None:
     if not isinstance(data, Data):
         raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
+    if held_out is not None and held_out.shape != data.shape:
+        theirs, ours = list(held_out.shape), list(data.shape)
+        raise ValueError(f"held_out must hold samples {ours} as data {data.name!r} does, not {theirs}")
     if not isinstance(samples, Tensor):
         raise ValueError(f"samples must be a tensor, not {type(samples).__name__}")
     if isinstance(metrics, str):
@@ -264,19 +227,38 @@ def _check(samples: Tensor, data: Data, metrics, extractor, halves: int, max_ref
         raise ValueError(f"halves must be 0 or at least 2, not {halves}")
 
 
-def _points(data: Data) -> Extracted:
-    """Points as they are."""
-    return Extracted(data.batch(slice(None)))
+def _extracted(extractor, data: Data) -> tuple[Extracted, Kept]:
+    """Features of real data, and where what follows from them is kept. Points are their own features."""
+    kept = kept_of(extractor, data)
+    return (Extracted(data.batch(slice(None))) if data.points else features_of(extractor, data, kept)), kept
 
 
-def _floor_pair(held_out: Data | None, reference: _Reference, n: int, extract) -> tuple[_Reference, Extracted]:
-    """Reference and up to n real samples in place of generated ones: held out, or the other half of the reference."""
-    if held_out is not None:
-        found = extract(held_out)  # all of it, so that it is cached once
-        return reference, found.part(_order(len(found))[:n])
-    order = _order(len(reference.real))
-    half = len(order) // 2
-    return _Reference(reference.real.part(order[half:]), reference.modes), reference.real.part(order[: min(n, half)])
+def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference, n: int, extractor) -> dict[str, Any]:
+    """Scores of up to n real samples in place of generated ones: held out, or the other half of the reference."""
+    most = len(reference.real) // 2 if held_out is None else len(held_out)
+    n, against = min(n, most), "half" if held_out is None else held_out.fingerprint
+
+    @cache
+    def pair() -> tuple[Reference, Extracted]:
+        if held_out is not None:
+            found, _ = _extracted(extractor, held_out)  # all of it, so that it is kept once
+            return reference, found.part(order(len(found))[:n])
+        shuffled = order(len(reference.real))
+        other = Reference(reference.real.part(shuffled[most:]), Kept(), reference.modes)
+        return other, reference.real.part(shuffled[:n])
+
+    def measured(score) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in score(*pair()).items()}
+
+    real: dict[str, Tensor] = {}
+    for score in _passes(metrics):
+        compute = partial(measured, score)
+        try:  # modes are no part of a fingerprint
+            real |= compute() if score is _modes else reference.keep(f"floor{score.__name__}-{against}-{n}", compute)
+        except ValueError as error:
+            source = "half of data" if held_out is None else "held_out"
+            raise ValueError(f"the floors cannot be measured on {n} samples of {source}: {error}") from error
+    return {"floor_n": n, **{_METRICS[name].floor: float(real[name]) for name in metrics}}
 
 
 def evaluate(
@@ -287,14 +269,15 @@ def evaluate(
     extractor=None,
     held_out: Data | None = None,
     floors: bool = True,
-    max_reference: int | None = 10_000,
+    max_reference: int | None = MAX_REFERENCE,
     halves: int = 10,
 ) -> dict[str, Any]:
     """Scores of samples against a data set, with what real data score in their place.
 
     Images, real or not, are rounded to uint8 values before features are taken; nothing is flipped. Points are measured
-    as they are. Features of real images are kept in the user's cache (``$DIFFGAN_FAST_CACHE`` moves it) if the
-    extractor has a ``hash``, so that a second evaluation costs the samples only.
+    as they are. Features of real images, statistics of real data and their own scores are kept in the user's cache
+    (``$DIFFGAN_FAST_CACHE`` moves it), those of images if the extractor has a ``hash``, so that a second evaluation
+    costs the samples only.
 
     Args:
         samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2 (precision, recall, density and
@@ -317,7 +300,8 @@ def evaluate(
         - one value for each metric; ``fid_floor``, ``kid_floor``, ``is_real``, ``precision_real``, …, ``kl_floor``: the
           same for real data;
         - ``spread``: for each metric the standard deviation over halves of the samples, drawn without replacement. It
-          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20;
+          is about the standard error at n; of "fid" and "kid" up to twice it near their floors. Not there below n = 20,
+          nor of "modes", of which halves have too few samples;
         - ``n``, ``reference_n``, ``floor_n``: numbers of samples, of the reference, and of real data in the floors;
         - with logits: ``mean_top_probability`` of the samples, ``smallest_class_share``, the share of the samples that
           are of the rarest class (both 0..1), and ``classes_covered``;
@@ -325,8 +309,8 @@ def evaluate(
           may be compared with published ones, for which the weights must be the public ones, the reference all of
           ``data`` (a whole training split), and the samples 10,000 or more;
         - ``labels``: how each metric is to be called in print, for example "FID (domain)";
-        - ``warnings``: sentences that say which scores are of too few samples, and why. They are given as
-          :class:`SmallSampleWarning` too.
+        - ``warnings``: sentences that say which scores are of too few samples, and why, given as
+          :class:`SmallSampleWarning` too; and, as :class:`SampleRangeWarning`, that images seem to lie in [0, 1].
 
     Raises:
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
@@ -334,27 +318,25 @@ def evaluate(
     """
     if metrics is None:
         metrics = usual(data)
-    _check(samples, data, metrics, extractor, halves, max_reference)
+    _check(samples, data, held_out, metrics, extractor, halves, max_reference)
     about: dict[str, Any] = {}
     samples = samples.to(data.values.device)
     if data.points:
-        fake, extract_from = Extracted(samples), _points
+        fake = Extracted(samples)
     else:
         if extractor is None or isinstance(extractor, str):
             extractor = find_extractor(extractor or "domain", data)
-        about, extract_from = describe(extractor), partial(features_of, extractor)
+        about = describe(extractor)
         if max_reference is not None and len(data) > max_reference:
             data, about["comparable"] = data.subset(max_reference), False
         about["comparable"] &= len(samples) >= LEAST_TO_COMPARE
         fake = extract(extractor, samples.split(BATCH), len(samples))
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
-    reference = _Reference(extract_from(data), getattr(data, "modes", None))
+    reference = Reference(*_extracted(extractor, data), getattr(data, "modes", None))
     result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), **_scores(metrics, reference, fake)}
     if floors:
-        floor_reference, floor = _floor_pair(held_out, reference, len(samples), extract_from)
-        real = _scores(metrics, floor_reference, floor)
-        result |= {"floor_n": len(floor), **{_METRICS[name].floor: real[name] for name in metrics}}
+        result |= _floors(metrics, held_out, reference, len(samples), extractor)
     if halves and len(samples) >= LEAST_FOR_SPREAD:
         result["spread"] = _spread(metrics, reference, fake, halves)
     if fake.logits is not None:
@@ -365,7 +347,10 @@ def evaluate(
         result["classes_covered"] = int((counts > 0).sum())
     if about:
         result |= {"extractor": about, "comparable": about["comparable"]}
-    cautions = _cautions(metrics, min(len(samples), len(data)), fake)
+    cautions = few_samples(metrics, reference, fake)
     for caution in cautions:
         warnings.warn(caution, SmallSampleWarning, stacklevel=2)
+    if range_caution := out_of_range(samples, data):
+        warnings.warn(range_caution, SampleRangeWarning, stacklevel=2)
+        cautions.append(range_caution)
     return result | {"labels": {name: label(name, about) for name in metrics}, "warnings": cautions}

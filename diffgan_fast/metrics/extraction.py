@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
@@ -16,7 +17,7 @@ from ..data.registry import cache_dir
 from .features import quantise
 
 BATCH = 500  # images at a time
-RULE = 1  # part of the cache's names: raise it when what happens to images before an extractor changes
+RULE = 2  # part of the cache's names: raise it when what happens to images before an extractor changes
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,35 @@ def extract(extractor, images: Iterable[Tensor], n: int) -> Extracted:
     return Extracted(torch.cat(features), torch.cat(logits) if logits else None)
 
 
-def features_of(extractor, data: Data) -> Extracted:
-    """Features of a data set, kept in the user's cache if the extractor has a hash: then they are computed once."""
+@dataclass(frozen=True)
+class Kept:
+    """What is computed from one data set, each thing by its name in a file of a folder; without a folder, anew."""
+
+    folder: Path | None = None
+
+    def __call__(self, what: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{what}.safetensors"
+        if not path.exists():
+            files.write(path, save({name: part.cpu().contiguous() for name, part in compute().items()}))
+        return load_file(path)  # at the first time too, so that every time gives the same
+
+
+def kept_of(extractor, data: Data) -> Kept:
+    """What follows from features of a data set, in the user's cache: of points, or if the extractor has a hash."""
     about = describe(extractor)
-    if about["hash"] is None:
-        return extract(extractor, batches(data), len(data))
-    path = cache_dir() / "features" / f"{about['name']}-{about['hash']}-{RULE}" / f"{data.fingerprint}.safetensors"
-    if not path.exists():
+    if not data.points and about["hash"] is None:
+        return Kept()
+    kind = "points" if data.points else f"{about['name']}-{about['hash']}"
+    return Kept(cache_dir() / "features" / f"{kind}-{RULE}" / data.fingerprint)
+
+
+def features_of(extractor, data: Data, kept: Kept) -> Extracted:
+    """Features of a data set, extracted where they are not kept."""
+
+    def compute() -> dict[str, Tensor]:
         found = extract(extractor, batches(data), len(data))
-        parts = {"features": found.features, "logits": found.logits}
-        files.write(path, save({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}))
-    return Extracted(**{name: part.to(data.values.device) for name, part in load_file(path).items()})
+        return {"features": found.features} | ({} if found.logits is None else {"logits": found.logits})
+
+    return Extracted(**{name: part.to(data.values.device) for name, part in kept("features", compute).items()})

@@ -134,6 +134,10 @@ class DomainClassifier(nn.Module):
         Returns:
             The trained classifier in evaluation mode, on the device of the data.
         """
+        if len(data) < 2:
+            raise ValueError(
+                f"data {data.name!r} must hold at least 2 images to train a classifier on, not {len(data)}"
+            )
         generator = torch.Generator().manual_seed(SEED)
         order = torch.randperm(len(data), generator=generator)
         tested = order[: max(1, len(data) // 10)]

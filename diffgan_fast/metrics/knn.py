@@ -21,7 +21,8 @@ class RealPoints:
         self.real, self.k = real, k
 
     @cached_property
-    def _own(self) -> float:
+    def own_distance(self) -> float:
+        """Mean natural logarithm of the distance of each to its k-th neighbour."""
         return _mean_log_distance(self.real, self.real, self.k + 1)
 
     def kl(self, fake: np.ndarray) -> float:
@@ -29,7 +30,7 @@ class RealPoints:
         (n, d), m, k = self.real.shape, len(fake), self.k
         if not 1 <= k <= min(n - 1, m):
             raise ValueError(f"k must be 1..{min(n - 1, m)} for {n} real and {m} fake points, not {k}")
-        if not np.isfinite(self._own):
+        if not np.isfinite(self.own_distance):
             raise ValueError(
                 f"real holds a point more than k = {k} times: drop its copies, add a little noise, or raise k"
             )
@@ -38,7 +39,7 @@ class RealPoints:
             raise ValueError(
                 f"fake holds a point of real k = {k} times or more: it must not consist of copies of real points"
             )
-        return float((np.log(m / (n - 1)) + d * (other - self._own)) / np.log(2))
+        return float((np.log(m / (n - 1)) + d * (other - self.own_distance)) / np.log(2))
 
 
 def knn_kl(real, fake, k: int = 5) -> float:

@@ -83,7 +83,9 @@ class _Collected(Streaming):
         """Adds features ``[n, d]`` of either kind. Returns self."""
         for name, kept, features in (("real", self._real, real), ("fake", self._fake, fake)):
             if features is not None:
-                checked(features, name, least=1)
+                d = checked(features, name, least=1).shape[1]
+                if kept and kept[0].shape[1] != d:
+                    raise ValueError(f"{name} must have {kept[0].shape[1]} columns as before, not {d}")
                 kept.append(torch.as_tensor(features).detach().clone())  # the caller may fill its buffer again
         return self
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, TensorDataset
 
-from diffgan_fast.data import FloatData, ImageData, load
+from diffgan_fast.data import FloatData, ImageData, load, load_test
 
 PIXELS = torch.randint(0, 256, (6, 3, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -58,6 +58,8 @@ def test_subset_and_data_object():
         ("no-such-data", {}, "data must be one of 'digits'"),
         (3, {}, "data must be a name, .* not int"),
         ([], {}, "empty"),
+        ("digits", {"size": 4}, "size must be None for data 'digits', not 4: only a folder or zip"),
+        (PIXELS, {"size": 4}, "size must be None for data Tensor"),
         (PIXELS, {"split": "test"}, "split must be 'train'"),
         (PIXELS, {"subset": 7}, "subset must be 1..6"),
         (PIXELS.long(), {}, "data must be uint8 or floating point"),
@@ -133,8 +135,35 @@ def test_train_and_test_folders(tmp_path):
     assert load(tmp_path).images[:, 0, 0, 0].tolist() == [0, 1]
     assert load(tmp_path).labels.tolist() == [0, 1]
     assert load(tmp_path, split="test").images[:, 0, 0, 0].tolist() == [2]
+    assert load_test(tmp_path).images[:, 0, 0, 0].tolist() == [2]
     with pytest.raises(ValueError, match="split 'val'"):
         load(tmp_path, split="val")
+
+
+@pytest.mark.parametrize(
+    "names, train, test",
+    [
+        (["a.png", "test/b.png", "x/c.png"], [0, 2], [1]),  # what is not for testing is trained on
+        (["test/a.png", "test/b.png"], [0, 1], None),  # samples in a folder that happens to be called so
+        (["a.png", "b.png"], [0, 1], None),
+        (["train/test/a.png", "test/train/b.png"], [0], [1]),  # the topmost folder decides
+        (["train/a.png", "b.png"], [0], None),
+    ],
+)
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_is_a_test_split(tmp_path, names, train, test, pack):
+    for i, name in enumerate(names):
+        save(tmp_path / "f" / name, solid((i, 0, 0)))
+    path = zipped(tmp_path / "f", tmp_path / "f.zip") if pack else tmp_path / "f"
+    assert load(path).images[:, 0, 0, 0].tolist() == train
+    found = load_test(path)
+    assert (None if found is None else found.images[:, 0, 0, 0].tolist()) == test
+
+
+def test_test_splits_of_other_data():
+    assert len(load_test("digits")) == 360 and load_test(PIXELS) is None
+    with pytest.raises(ValueError, match="data must be one of 'digits'"):
+        load_test("no-such-data")
 
 
 def test_broken_folders_are_named(tmp_path):

@@ -286,7 +286,7 @@ def test_other_data_are_refused():
         DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
 
 
-@pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.evaluation.SmallSampleWarning")
+@pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
 def test_it_is_planned_compared_exported_and_reported(tmp_path):
     common = dict(batch_size=8, T=2, width=8, sample_every=0, progress=False)
     plan = dgf.plan("ddgan", "digits", **{k: v for k, v in common.items() if k not in ("sample_every", "progress")})

@@ -3,18 +3,25 @@ import pytest
 import torch
 
 from diffgan_fast.data import FloatData, ImageData, load
+from diffgan_fast.data.base import Modes
 from diffgan_fast.metrics import (
     DomainClassifier,
+    SampleRangeWarning,
     SmallSampleWarning,
     available,
     evaluate,
     fid,
+    frechet,
     inception_score,
     kid,
+    knn,
     knn_kl,
     label,
+    neighbours,
     prdc,
+    reference,
 )
+from diffgan_fast.metrics.features import quantise
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
 
@@ -148,6 +155,98 @@ def test_features_of_real_images_are_computed_once(monkeypatch, tmp_path):
         assert sum(seen) == before + 360 + 1437
 
 
+class Watched(ImageData):
+    """Images that count how often they are read."""
+
+    reads = 0
+
+    def batch(self, index):
+        Watched.reads += 1
+        return super().batch(index)
+
+
+@pytest.mark.parametrize("split", ["test", None])
+def test_a_second_evaluation_costs_the_samples_only(monkeypatch, tmp_path, split):
+    """No real image is read, and nothing that follows from real features alone is computed: they are poisoned."""
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    data = Watched(TRAIN.images, TRAIN.labels, TRAIN.classes)
+    held_out = None if split is None else Watched(TEST.images, TEST.labels, TEST.classes)
+    everything = [name for name in available(TRAIN)]
+    options = dict(held_out=held_out, extractor=DomainClassifier.for_data(TRAIN), metrics=everything, halves=2)
+    first = evaluate(noisy(0.3), data, **options)
+    assert Watched.reads > 0
+    plain = evaluate(noisy(0.3), TRAIN, **{**options, "held_out": held_out and TEST, "extractor": uncached(options)})
+    for name in everything:
+        assert first[name] == pytest.approx(plain[name], rel=1e-9), name
+    Watched.reads, seen = 0, []
+    within, distances = neighbours.squared_neighbour_distances, frechet.Moments.update
+
+    def squared_neighbour_distances(x, *rest):
+        seen.append(x)
+        return within(x, *rest)
+
+    def update(self, features):
+        seen.append(torch.as_tensor(features))
+        return distances(self, features)
+
+    monkeypatch.setattr(neighbours, "squared_neighbour_distances", squared_neighbour_distances)
+    monkeypatch.setattr(frechet.Moments, "update", update)
+    monkeypatch.setattr(reference, "mean_kernel_within", None)
+    assert evaluate(noisy(0.3), data, **options) == first
+    fakes = options["extractor"](noisy(0.3))[0].double()
+    rows = {tuple(row) for row in fakes.tolist()}
+    assert Watched.reads == 0 and len(seen) > 10
+    assert all(tuple(row) in rows for x in seen for row in x.double().tolist())
+    other = evaluate(noisy(0.5), data, **options)
+    assert other["fid"] != first["fid"] and other["fid_floor"] == first["fid_floor"]
+
+
+def test_a_second_evaluation_of_points_costs_the_samples_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    data, test = load("gaussians25", subset=900), load("gaussians25", split="test", subset=300)
+    samples, queries, search = test.values[:200] + 0.01, [], knn._mean_log_distance
+
+    def watched(points, among, rank):
+        queries.append(len(among))
+        return search(points, among, rank)
+
+    monkeypatch.setattr(knn, "_mean_log_distance", watched)
+    for held_out, of_real in ((test, [900, 200]), (None, [450, 200])):
+        queries.clear()
+        first = evaluate(samples, data, held_out=held_out, halves=2)
+        assert sorted(queries) == sorted([200, 100, 100, *of_real])
+        queries.clear()
+        assert evaluate(samples, data, held_out=held_out, halves=2) == first and sorted(queries) == [100, 100, 200]
+    narrow = FloatData(data.values, modes=Modes(data.modes.centres, data.modes.std / 3))
+    shares = [
+        evaluate(samples, of, held_out=test, metrics=["high_quality"])["high_quality_real"] for of in (data, narrow)
+    ]
+    assert shares[0] > shares[1]  # other modes of the same points
+
+
+def uncached(options):
+    """The same extractor without a hash, by which it is kept."""
+    return lambda images: options["extractor"](images)
+
+
+def test_floors_are_kept_by_what_they_depend_on(monkeypatch, tmp_path):
+    """The number of samples, the held-out data, the reference; also where only some metrics were asked for."""
+    monkeypatch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path))
+    net = DomainClassifier.for_data(TRAIN)
+
+    def floors(n, **given):
+        options = dict(metrics=["fid", "recall"], extractor=net, halves=0, held_out=TEST, **given)
+        found = evaluate(REAL[:n], TRAIN.subset(given.get("max_reference") or 1437), **options)
+        return found["floor_n"], found["fid_floor"], found["recall_real"]
+
+    one, fewer, smaller = floors(200), floors(100), floors(200, max_reference=400)
+    assert len({one, fewer, smaller}) == 3 and one == floors(200)
+    assert evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, held_out=TEST, halves=0)["fid_floor"] == one[1]
+    half = evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, metrics=["fid"], halves=0)["fid_floor"]
+    part = evaluate(REAL[:200], TRAIN.subset(1437), extractor=net, metrics=["fid"], halves=0, held_out=TEST.subset(200))
+    assert len({one[1], half, part["fid_floor"]}) == 3
+
+
 def test_too_few_samples_are_said_to_be(recwarn):
     warned = evaluate(REAL[:40], TRAIN)["warnings"]
     assert [text.split()[0] for text in warned] == ["FID", "IS", "Precision,"]
@@ -156,6 +255,29 @@ def test_too_few_samples_are_said_to_be(recwarn):
     with pytest.warns(SmallSampleWarning, match="FID is biased upwards"):
         evaluate(REAL[:40], TRAIN, metrics=["fid"])
     assert evaluate(REAL[:40], TRAIN, metrics=["kid"])["warnings"] == []
+
+
+def test_few_points_are_said_to_be():
+    assert [t.split()[:3] for t in evaluate(POINTS.values[:50], FloatData(torch.randn(300, 2)))["warnings"]] == [
+        ["KL", "of", "50"]
+    ]
+    data, test = load("gaussians25"), load("gaussians25", split="test")
+    few, enough = (evaluate(test.values[:n], data, halves=0, floors=False)["warnings"] for n in (600, 1000))
+    assert few[1].startswith("modes: 600 samples are 24 a mode on average, of which 20 make it covered")
+    assert "KL of 600" in few[0] and "Take 1,000 or more" in few[1] and enough == []
+    found = evaluate(test.values[:1000], data, metrics=["modes", "high_quality"], floors=False)
+    assert found["modes"] == 25 and set(found["spread"]) == {"high_quality"}  # halves would miss modes by chance
+
+
+def test_samples_in_another_range_are_warned_of_and_left_as_they_are():
+    shifted = (REAL + 1) / 2
+    with pytest.warns(SampleRangeWarning, match=r"samples lie in 0..1, and none is below 0 as images of 'digits' are"):
+        found = evaluate(shifted, TRAIN, metrics=["kid"], extractor=pixels)
+    assert "samples = 2 * samples - 1" in found["warnings"][0]
+    assert found["kid"] == pytest.approx(kid(TRAIN.batch(slice(None)).flatten(1), quantise(shifted).flatten(1)))
+    bright = FloatData((TRAIN.batch(slice(None)) + 1) / 2)
+    for samples, data in ((REAL, TRAIN), (shifted, bright)):
+        assert evaluate(samples, data, metrics=["kid"], extractor=pixels)["warnings"] == []
 
 
 def test_extrapolated_fid_is_there_by_name():
@@ -176,6 +298,7 @@ def test_labels_never_call_a_domain_score_plain():
         name, comparable = "inception", True
 
     assert label("fid", Inception()) == "FID"
+    assert label("is", Inception()) == "IS (1 split)"  # published is the mean of ten
     assert label("recall", Inception()) == "recall (inception)"  # its published values are on VGG-16's features
     assert set(available()) == {*names, "fid_infinity", "kl", "modes", "high_quality"}
 
@@ -187,7 +310,7 @@ def test_points_are_measured_as_they_are_and_against_all_of_them():
     floor = knn_kl(POINTS.values, held_out.subset(100).values)
     assert result == {
         "n": 100, "reference_n": 300, "floor_n": 100, "kl": knn_kl(POINTS.values, samples), "kl_floor": floor,
-        "spread": {"kl": result["spread"]["kl"]}, "labels": {"kl": "KL (bits)"}, "warnings": [],
+        "spread": {"kl": result["spread"]["kl"]}, "labels": {"kl": "KL (bits)"}, "warnings": result["warnings"],
     }  # fmt: skip
     assert evaluate(samples + 1, POINTS)["kl"] > 0.5 + evaluate(samples, POINTS)["kl"]
     assert evaluate(samples, POINTS, metrics=["kl"])["floor_n"] == 100
@@ -212,7 +335,15 @@ def test_mnist_noise_order(real_data):
         (TEST.images, TRAIN, {}, "samples must be floats"),
         (REAL * torch.nan, TRAIN, {}, "samples must be finite"),
         (REAL, ImageData(TRAIN.images), {}, "no labels"),
+        (REAL, TRAIN, {"held_out": POINTS}, r"held_out must hold samples \[1, 8, 8\] as data 'digits' does, not \[2\]"),
         (REAL, TRAIN, {"halves": 1}, "halves must be 0 or at least 2, not 1"),
+        (REAL, TRAIN, {"held_out": TEST.subset(1)}, "floors cannot be measured on 1 samples of held_out: fake must be"),
+        (
+            REAL,
+            TRAIN.subset(9),
+            {"extractor": pixels, "metrics": ["recall"]},
+            "on 4 samples of half of data: density_k",
+        ),
         (REAL[:5], TRAIN, {"metrics": ["density"]}, "density_k must be 1..4"),
         (REAL, TRAIN, {"extractor": 3}, "extractor must be a name or a callable"),
         (REAL, TRAIN, {"extractor": pixels}, "'is'. need an extractor"),

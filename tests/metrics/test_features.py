@@ -68,6 +68,8 @@ def test_what_does_not_fit_is_named(blobs):
         DomainClassifier.for_data(ImageData(blobs.images))
     with pytest.raises(ValueError, match=r"must be images .* not points \[3, 2\]"):
         DomainClassifier.for_data(FloatData(torch.zeros(3, 2), torch.arange(3)))
+    with pytest.raises(ValueError, match="must hold at least 2 images to train a classifier on, not 1"):
+        DomainClassifier.for_data(blobs.subset(1))
     with pytest.raises(ValueError, match="at least 8"):
         DomainClassifier((1, 4, 8), 3)
     with pytest.raises(ValueError, match="classes must be at least 2, not 1"):

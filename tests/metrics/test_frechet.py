@@ -4,6 +4,7 @@ import torch
 from scipy import linalg
 
 from diffgan_fast.metrics import FID, Moments, fid, fid_from_statistics, fid_infinity
+from tests.metrics import library_values
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -113,11 +114,14 @@ def test_moments_are_exact_far_from_zero_in_any_order_and_bounded_in_memory():
     np.testing.assert_allclose(few.covariance, np.cov(x[:6], rowvar=False), atol=1e-8)
 
 
-def test_values_of_torch_fidelity_and_pytorch_fid():
-    """torch-fidelity 0.4.0, pytorch-fid 0.3.0 and torchmetrics 1.9.0 on these features, which agree to 1e-14."""
-    r = np.random.RandomState(7)
-    real, fake = r.standard_normal((400, 16)), r.standard_normal((300, 16)) * 1.2 + 0.3
-    assert fid(real, fake) == pytest.approx(2.7651155948538246, rel=1e-9)
+@pytest.mark.parametrize("library", ["torch-fidelity", "pytorch-fid", "torchmetrics"])
+@pytest.mark.parametrize("name, rel", [("many", 1e-9), ("few", 1e-5)])
+def test_values_of_the_libraries(library, name, rel):
+    """Of few samples the libraries root a singular product; the float64 Gram matrix has the exact value."""
+    real, fake = library_values.features(name)
+    assert fid(real, fake) == pytest.approx(library_values.stored(name)[f"{library}: fid"], rel=rel)
+    if name == "few":
+        assert fid(real, fake) == pytest.approx(fid_by_gram(real, fake), rel=1e-8)
 
 
 def test_tensors_are_taken_and_computed_in_float64():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from diffgan_fast.metrics import kernel, kid
+from tests.metrics import library_values
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -55,13 +56,14 @@ def test_both_routes_give_the_mean_over_subsets(monkeypatch, n, m, tile):
     assert (mean, std) == (pytest.approx(np.mean(values), rel=1e-10), pytest.approx(np.std(values), rel=1e-10))
 
 
-def test_values_of_torch_fidelity():
-    """torch-fidelity 0.4.0 on these features (fake first, rng_seed 2020)."""
-    r = np.random.RandomState(7)
-    real, fake = r.standard_normal((400, 16)), r.standard_normal((300, 16)) * 1.2 + 0.3
-    mean, std = kid(real, fake, subsets=20, subset_size=100, seed=2020)
-    assert mean == pytest.approx(0.44135022254509104, rel=1e-9)
-    assert std == pytest.approx(0.07737087884229485, rel=1e-9)
+@pytest.mark.parametrize("name", ["many", "few"])
+def test_values_of_the_libraries(name):
+    """torch-fidelity over subsets (fake first, rng_seed 2020), torchmetrics of all pairs of equal numbers."""
+    (real, fake), stored = library_values.features(name), library_values.stored(name)
+    m = len(fake)
+    found = kid(real, fake, subsets=20, subset_size=m // 3, seed=2020)
+    assert found == pytest.approx(stored["torch-fidelity: kid, 20 subsets"], rel=1e-9)
+    assert kid(real[:m], fake) == pytest.approx(stored["torchmetrics: kid of the first"], rel=1e-9)
 
 
 def test_tensors_are_taken_and_computed_in_float64():

@@ -3,6 +3,7 @@ import pytest
 from scipy import special
 
 from diffgan_fast.metrics import class_coverage, inception_score, mode_coverage
+from tests.metrics import library_values
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -23,12 +24,11 @@ def test_inception_score_equals_its_entropies():
     assert inception_score(np.log(p) + 5)[0] == pytest.approx(np.exp(mutual), rel=1e-12)
 
 
-def test_values_of_torch_fidelity():
-    """torch-fidelity 0.4.0 on these logits (shuffle=False)."""
-    r = np.random.RandomState(7)
-    r.standard_normal((400, 16))
-    logits = r.standard_normal((300, 16)) * 1.2 + 0.3
-    assert inception_score(logits, splits=3) == pytest.approx((1.7112140138131082, 0.03026415501109829), rel=1e-9)
+@pytest.mark.parametrize("name", ["many", "few"])
+def test_values_of_torch_fidelity(name):
+    """The fake features as logits, without its shuffling."""
+    logits, stored = library_values.features(name)[1], library_values.stored(name)
+    assert inception_score(logits, splits=3) == pytest.approx(stored["torch-fidelity: is, 3 splits"], rel=1e-9)
 
 
 RING = 3 * np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], 1)

@@ -1,9 +1,14 @@
+import io
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from tqdm import tqdm
 
 from diffgan_fast.metrics import density_coverage, neighbours, prdc, precision_recall
+from tests.metrics import library_values
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -41,12 +46,46 @@ def test_values_are_those_of_the_definitions(monkeypatch, tile, n, m, k, density
     assert density_coverage(real, fake, density_k) == prdc(real, fake, k, density_k)[2:]
 
 
-def test_values_of_prdc_and_torch_fidelity():
-    """prdc 0.2 with nearest_k 3 and 5; torch-fidelity 0.4.0 gives the same precision and recall (k = 3, float32)."""
-    r = np.random.RandomState(7)
-    real, fake = r.standard_normal((400, 16)), r.standard_normal((300, 16)) * 1.2 + 0.3
-    assert prdc(real, fake, 3, 3) == pytest.approx((0.49666666666666665, 0.9325, 0.47, 0.5625), rel=1e-12)
-    assert prdc(real, fake, 5, 5) == pytest.approx((0.5866666666666667, 0.965, 0.452, 0.7375), rel=1e-12)
+@pytest.mark.parametrize("offset", [0.1, 1e4, 1e7])
+def test_an_offset_of_all_features_changes_nothing(offset):
+    """Against distances by differences in float64; all moved alike, so that only rounding by the offset is left."""
+    real, fake = features(150, 6, 1), features(120, 6, 2, 1.2, 0.3)
+    real, fake = (of + offset for of in (real, fake))
+    assert prdc(real, fake) == pytest.approx(by_sorting(real, fake, 3, 5), abs=1e-12)
+    around = neighbours.RealBalls(torch.from_numpy(real)).nearest.sqrt()
+    np.testing.assert_allclose(around, np.sort(cdist(real, real))[:, 1:6], rtol=1e-12)
+    back = (real - offset, fake - offset)  # what the rounding by the offset left of them
+    assert prdc(real, fake) == prdc(*back)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 10**7])
+def test_ties_stay_ties(offset):
+    """On whole numbers many distances are equal, and the sphere itself decides: as in exact arithmetic."""
+    draw = np.random.RandomState(5).randint
+    real, fake = (draw(0, high, (n, 3)) + offset for high, n in ((4, 70), (5, 90)))
+    squares = [np.square(a[:, None] - b).sum(2) for a, b in ((real, real), (fake, fake), (real, fake))]
+    own_real, own_fake, across = np.sort(squares[0]), np.sort(squares[1]), squares[2]
+    expected = (
+        (across <= own_real[:, 3:4]).any(0).mean(),
+        (across <= own_fake[:, 3]).any(1).mean(),
+        (across < own_real[:, 5:6]).sum() / 5 / 90,
+        (across.min(1) < own_real[:, 5]).mean(),
+    )
+    assert prdc(real, fake) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_real_features_have_balls_of_nothing():
+    one = np.full((9, 3), 0.1) + 1e6
+    assert prdc(one, one + 1) == (0, 0, 0, 0) and prdc(one, one)[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["many", "few"])
+def test_values_of_the_libraries(name):
+    """prdc, and torch-fidelity's precision and recall (k = 3), which it gives as float32."""
+    (real, fake), stored = library_values.features(name), library_values.stored(name)
+    for k in (3, 5):
+        assert prdc(real, fake, k, k) == pytest.approx(stored[f"prdc: k = {k}"], rel=1e-12)
+    assert precision_recall(real, fake) == pytest.approx(stored["torch-fidelity: precision, recall"], rel=1e-6)
     assert prdc(real, fake) == prdc(real, fake, 3, 3)[:2] + prdc(real, fake, 5, 5)[2:]
 
 
@@ -74,12 +113,31 @@ def test_a_missing_mode_costs_recall_and_a_stray_one_precision():
 
 def test_the_matrix_of_distances_is_never_held(monkeypatch):
     monkeypatch.setattr(neighbours, "TILE", 50)
-    largest, make = [], neighbours._Tiles.__call__
-    monkeypatch.setattr(
-        neighbours._Tiles, "__call__", lambda *a: (lambda found: (largest.append(found.numel()), found)[1])(make(*a))
-    )
+    largest, tiles = [], neighbours._tiles
+
+    def watched(*sets):
+        for rows, columns, found in tiles(*sets):
+            largest.append(found.numel())
+            yield rows, columns, found
+
+    monkeypatch.setattr(neighbours, "_tiles", watched)
     prdc(features(400, 3, 1), features(300, 3, 2))
     assert max(largest) == 2500
+
+
+def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown():
+        monkeypatch.setattr("sys.stderr", Terminal())
+        prdc(features(60, 3, 1), features(50, 3, 2))
+        return sys.stderr.getvalue()
+
+    assert shown() == ""
+    monkeypatch.setattr(neighbours, "tqdm", lambda *args, delay, **options: tqdm(*args, **options))
+    assert "neighbours:" in shown()
 
 
 def test_tensors_are_taken_and_computed_in_float64():

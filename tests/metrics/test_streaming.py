@@ -103,6 +103,8 @@ def test_what_is_fed_is_checked_at_once():
         KID().update(fake=REAL[0])
     with pytest.raises(ValueError, match="real must be finite"):
         KnnKL().update(real=REAL * np.nan)
+    with pytest.raises(ValueError, match="fake must have 3 columns as before, not 2"):
+        KID().update(REAL[:, :3], FAKE[:, :3]).update(fake=FAKE[:, :2])
 
 
 GATHERED = """

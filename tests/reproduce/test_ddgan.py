@@ -8,7 +8,7 @@ import pytest
 from diffgan_fast import cli, reproduce
 from diffgan_fast.reproduce import ddgan, ddgan_page
 
-pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.evaluation.SmallSampleWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")
 ARMS = ("ddpm-300", "ddgan-2", "ddgan-no-latent", "gan")
 TRADEOFF = dict(configs=ARMS, seeds=2, n=30, images=130, points="moons", point_steps=2, width=8, subset=100)
 
