@@ -249,3 +249,9 @@ def test_it_learns_the_digits():
     trained_distance, trained_spread = measure()
     assert trained_distance < 0.6 * distance
     assert spread < 0.1 and 0.4 < trained_spread < 1.2
+
+
+def test_points_may_have_deeper_networks():
+    _, state = make((2,), width=8, critic_width=6, layers=3)
+    shapes = {name: [p.shape[0] for p in net.parameters() if p.dim() == 2] for name, net in state.nets.items()}
+    assert shapes == {"generator": [8, 8, 8, 2], "critic": [6, 6, 6, 1]}
