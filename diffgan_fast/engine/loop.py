@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffgan_fast import random
-from diffgan_fast.engine import checkpoint, distributed
+from diffgan_fast.engine import checkpoint, distributed, precision
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.method import Method
 from diffgan_fast.engine.state import State
@@ -112,7 +112,9 @@ class Loop:
         key = random.fold_in(self.seed_key, "step", state.step)
         torch.manual_seed(random.fold_in(key, "torch", self.part.start))  # dropout and the like
         try:
-            losses = self.method.step(state, self.feed.batch(state.step, self.part), key)
+            batch = self.feed.batch(state.step, self.part)
+            with precision.reduced(c.precision, self.feed.device):
+                losses = self.method.step(state, batch, key)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
