@@ -26,7 +26,7 @@ from diffgan_fast.start import Start, describe, identity, known_to, read_once, r
 GRID = 64  # images in a sample grid
 SCATTER = 1000  # points in a scatter plot
 STRIP = 4  # images in a strip over noise levels
-HOW = ("precision",)  # options that say how networks are run: those of a run hold for what it trains first
+HOW = ("precision", "compile")  # options that say how networks are run: those of a run hold for what it trains first
 
 
 def train(

@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from diffgan_fast.engine.compiling import Compile
 from diffgan_fast.engine.precision import Precision
 
 
@@ -49,6 +50,9 @@ class TrainConfig:
         "fp32",
         "what the networks compute in while they train: fp32 (as torch is set), tf32 (CUDA), or bf16 or fp16 by "
         "autocast, fp16 with scaled losses",
+    )
+    compile: Compile = option(
+        False, "compile the networks while they train: true, false, or auto: on CUDA, where that pays soonest"
     )
     log_every: int = option(50, "steps between rows of metrics.jsonl", unit="steps", low=1)
     sample_every: int = option(500, "steps between sample grids (0: only at the end)", unit="steps", low=0)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diffgan_fast import random
 from diffgan_fast.engine import checkpoint, distributed, precision
+from diffgan_fast.engine.compiling import compiled
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.method import Method
 from diffgan_fast.engine.state import State
@@ -72,7 +73,8 @@ class Loop:
             net.train()
         bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
         self._since = time.perf_counter()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar, self._interrupts():
+        forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        with forked, bar, self._interrupts(), compiled(state.nets, c.compile, self.feed.device):
             stop = distributed.Stop()
             try:
                 while state.step < c.steps:
@@ -150,9 +152,10 @@ class Loop:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """For work that is not training: its seconds do not count."""
+        """For work that is not training: its seconds do not count, and nothing is compiled for it."""
         self._clock()
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
         self._since = time.perf_counter()
 
     def _clock(self) -> None:

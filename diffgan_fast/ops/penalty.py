@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -273,11 +274,14 @@ def _penalty(critic, x, center, mode, cond):
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
     _check_center(center)
-    critic = getattr(critic, "_orig_mod", critic)  # a compiled module has no double backward: its original has
+    critic = getattr(critic, "_orig_mod", critic)  # of one that torch.compile has wrapped
     _refuse(critic, mode)
     cond = {name: _constant(v) for name, v in cond.items()}
-    with torch.autocast(x.device.type, enabled=False):
-        if mode == "closed" or (mode == "auto" and not torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    # compiled code has no double backward: a critic that is compiled in place runs as it was
+    eager = nullcontext() if compiling else torch.compiler.set_stance("force_eager")
+    with eager, torch.autocast(x.device.type, enabled=False):
+        if mode == "closed" or (mode == "auto" and not compiling):
             net, reason = _in_closed_form(critic, mode, cond)
             if net is not None:
                 joined, derivative = x if net is critic else critic.join(x, **cond), _value_and_derivative

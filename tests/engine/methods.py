@@ -31,18 +31,19 @@ CASES = {
     "gan, R1": ("gan", (1, 8, 8), dict(GAN, r1_gamma=1.0, r1_every=2, critic_norm="layer")),
     "gan, residual": ("gan", (1, 8, 8), dict(GAN, network="sngan", gan_loss="hinge")),
     "ddgan": ("ddgan", (1, 8, 8), dict(T=2, lazy_reg=2, width=8, z_dim=8, lr=1e-5, critic_lr=1e-5)),
+    "ddgan of points": ("ddgan", (2,), dict(T=2, lazy_reg=2, width=16, z_dim=4)),
     "diffusion-gan": ("diffusion-gan", (1, 8, 8), GAN),
     "diffusion-gan, as coded": ("diffusion-gan", (2,), dict(AS_CODED, r1_gamma=1.0, r1_every=2)),
 }
 KEY = random.key(3)
 
 
-def start(case, **options):
-    """(method, state, batch): the same weights and data in every call."""
+def start(case, given=None, **options):
+    """(method, state, batch): the same weights and data in every call. `given`: networks of one's own, by name."""
     name, shape, usual = CASES[case]
     kind, x = dgf.methods.find(name), random.normal((8, *shape), KEY).clamp(-1, 1)
     method = kind(kind.Config(**{"batch_size": 8, "steps": 8, "lr": 2e-4, **usual, **options}), shape)
-    state = build(method, {}, 0, torch.device("cpu"))
+    state = build(method, given or {}, 0, torch.device("cpu"))
     for net in state.nets.values():
         net.train()
     with TemporaryDirectory() as folder, torch.random.fork_rng():
