@@ -20,7 +20,17 @@ from diffgan_fast import backends
 from diffgan_fast.engine.gpu import state as gpu_state
 
 OPS = ("random", "noise", "step", "loss", "penalty")
-NAMES = (*OPS, "training", "points", "chain", "sampling", "metrics", "ddgan", "instance_noise")  # whole steps too
+NAMES = (
+    *OPS,
+    "training",
+    "steps",
+    "points",
+    "chain",
+    "sampling",
+    "metrics",
+    "ddgan",
+    "instance_noise",
+)  # whole steps too
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -176,7 +176,7 @@ def _probe(
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method.prepare(state, key, Path(folder))
         with precision.reduced(method.config.precision, device):
-            peak = _peak(lambda: method.step(state, batch, key), device)
+            peak = peak_memory(lambda: method.step(state, batch, key), device)
             return peak, min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
 
 
@@ -186,7 +186,7 @@ def _seconds(step: Callable[[], dict[str, torch.Tensor]]) -> float:
     return time.perf_counter() - started
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call has at most beside what there was before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

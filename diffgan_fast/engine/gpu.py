@@ -9,7 +9,7 @@ import torch
 
 
 def state(device: torch.device | None = None) -> dict[str, Any]:
-    """Name, driver, clocks (MHz), power (W), temperature (°C), throttle reasons and energy (J, since the driver's start).
+    """Name, driver, clocks (MHz), power (W), temperature (°C), throttle reasons, energy (J) since the driver came up.
 
     Args:
         device: a CUDA device; None: the machine's first GPU.
