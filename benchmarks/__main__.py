@@ -17,9 +17,20 @@ import diffgan_fast as dgf
 from benchmarks import machine, report
 from benchmarks.cases import NATIVE, Options
 from diffgan_fast import backends
+from diffgan_fast.engine.gpu import state as gpu_state
 
 OPS = ("random", "noise", "step", "loss", "penalty")
-NAMES = (*OPS, "training", "points", "chain", "sampling", "metrics", "ddgan", "instance_noise")  # whole steps too
+NAMES = (
+    *OPS,
+    "training",
+    "steps",
+    "points",
+    "chain",
+    "sampling",
+    "metrics",
+    "ddgan",
+    "instance_noise",
+)  # whole steps too
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -99,13 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     meta = machine.describe(arguments.device) | {"threads": arguments.threads, "processes": arguments.processes,
                                                  "quick": arguments.quick, "allocator": machine.ALLOCATOR,
                                                  "info": dgf.info()}  # fmt: skip
-    states = [machine.gpu_state()]
+    states = [gpu_state()]
     try:
         rows = report.with_ratios(report.best(measure(arguments)))
     except subprocess.CalledProcessError as error:
         print(f"error: a measuring process ended with {error.returncode}; its message is above", file=sys.stderr)
         return 1
-    meta["gpu_state"] = [*states, machine.gpu_state()]
+    meta["gpu_state"] = [*states, gpu_state()]
     print(report.table(rows))
     for path in report.save(arguments.out.resolve(), arguments.benchmark, rows, meta):
         print(path)

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.__main__ import NAMES
+from diffgan_fast.engine.gpu import state as gpu_state
 
 PYTHON = [sys.executable, "-m"]
 MAIN = {"1024x3x32x32", "128x1x28x28"}  # the shapes of the short table
@@ -80,7 +81,7 @@ def _busiest(states: list[dict]) -> dict:
     states = [state for state in states if isinstance(state.get("power_w"), float)]
     if not states:
         return {}
-    seen = sorted({str(state["throttle_reasons"]) for state in states})
+    seen = sorted({state.get("throttle_reasons", "not readable") for state in states})
     return max(states, key=lambda state: state["power_w"]) | {"throttle_reasons": seen}
 
 
@@ -101,7 +102,7 @@ def run_stage(stage: Stage, log: Path, limit_s: float) -> dict:
                 code = process.wait(timeout=min(1.0, max(0.01, limit_s - (time.monotonic() - start))))
                 result = "ok" if code == 0 else f"failed ({code})"
             except subprocess.TimeoutExpired:
-                states.append(machine.gpu_state())
+                states.append(gpu_state())
                 if time.monotonic() - start >= limit_s:
                     os.killpg(process.pid, signal.SIGKILL)  # the group that this call started
                     process.wait()

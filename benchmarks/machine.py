@@ -66,31 +66,3 @@ def describe(device: str) -> dict:
         "dirty": None if changes is None else bool(changes),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def gpu_state() -> dict:
-    """Clocks (MHz), power (W), temperature (°C) and throttle reasons of GPU 0; empty without nvidia-ml-py or a GPU."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except Exception:  # a missing package, library or driver: readings are optional
-        return {}
-    readings = {
-        "name": lambda: pynvml.nvmlDeviceGetName(handle),
-        "driver": pynvml.nvmlSystemGetDriverVersion,
-        "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        "throttle_reasons": lambda: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-    }
-    state = {}
-    for name, read in readings.items():
-        try:
-            state[name] = read()
-        except pynvml.NVMLError as error:
-            state[name] = f"not readable: {error}"
-    pynvml.nvmlShutdown()
-    return state

@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 CASE = ("benchmark", "case", "shape", "dtype", "device", "threads")
 RATIOS = {  # ratio column: the providers whose best it refers to
     "over_eager": ("eager",),
@@ -80,7 +82,7 @@ def table(rows: list[dict]) -> str:
 
 
 def save(folder: Path, name: str, rows: list[dict], meta: dict) -> list[Path]:
-    """Writes folder/<machine>/<name>.csv and .json, in place of earlier ones."""
+    """Writes folder/<machine>/<name>.csv and .json, and of whole steps a plot, in place of earlier ones."""
     folder = folder / meta["machine"]
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.csv", folder / f"{name}.json"]
@@ -91,4 +93,26 @@ def save(folder: Path, name: str, rows: list[dict], meta: dict) -> list[Path]:
             cells = {c: _cell(row.get(c)) for c in COLUMNS} | {c: _cell(meta.get(c)) for c in STAMPS}
             writer.writerow(cells)
     paths[1].write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
-    return paths
+    return paths + ([plot(rows, folder / f"{name}.png")] if name == "steps" else [])
+
+
+def plot(rows: list[dict], path: Path) -> Path:
+    """Bars of images/s, a panel for each case and shape, every provider over the reference's and below the floor."""
+    panels: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            panels.setdefault((row["case"], row["shape"], row["threads"]), []).append(row)
+    figure = Figure(figsize=(9, 0.5 + 1.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for ax, ((case, shape, threads), found) in zip(axes, panels.items(), strict=True):
+        names, speeds = [row["provider"] for row in found], [row["images_per_s"] for row in found]
+        ax.barh(names, speeds)
+        most = found[0]["images_per_s"] * found[0]["ms"] / found[0]["floor_ms"]
+        ax.axvline(most, color="black", linestyle=":", label="networks alone")
+        ax.invert_yaxis()
+        ax.set_title(f"{case}, {shape}, {threads} threads", fontsize=9, loc="left")
+    if len(panels):
+        axes[0].legend(fontsize=8)
+        axes[-1].set_xlabel("images/s")
+    figure.savefig(path, dpi=100)
+    return path

@@ -15,6 +15,11 @@ def _check(kind: str) -> None:
         raise ValueError(f"gan_loss must be one of {', '.join(get_args(GanLoss))}; got {kind!r}")
 
 
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32: under autocast a critic's logits are of half the bits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def critic_loss(real: torch.Tensor, fake: torch.Tensor, kind: GanLoss = "nonsaturating") -> torch.Tensor:
     """What the critic minimises: a scalar.
 
@@ -23,6 +28,7 @@ def critic_loss(real: torch.Tensor, fake: torch.Tensor, kind: GanLoss = "nonsatu
     (Arjovsky et al. 2017). `real` and `fake` are logits of any shape; every sample weighs the same.
     """
     _check(kind)
+    real, fake = _wide(real), _wide(fake)
     if kind in ("nonsaturating", "saturating"):
         return softplus(-real).mean() + softplus(fake).mean()
     if kind == "hinge":
@@ -40,6 +46,7 @@ def generator_loss(
     `weight` [N] weighs the samples. ValueError if there is not one for each.
     """
     _check(kind)
+    fake = _wide(fake)
     if kind == "nonsaturating":
         each = softplus(-fake)
     elif kind == "saturating":

@@ -26,6 +26,7 @@ from diffgan_fast.start import Start, describe, identity, known_to, read_once, r
 GRID = 64  # images in a sample grid
 SCATTER = 1000  # points in a scatter plot
 STRIP = 4  # images in a strip over noise levels
+HOW = ("precision", "compile")  # options that say how networks are run: those of a run hold for what it trains first
 
 
 def train(
@@ -218,14 +219,15 @@ def _train_base(data, folder, preset, config, common) -> Run:
     """The `ddpm` that a fine-tuning method starts from, with the settings that concern its denoiser."""
     if preset not in find_method("ddpm").Config.PRESETS:
         preset = "student" if config.network == "student" else None
-    shared = {k: v for k, v in config.to_dict().items() if k in DENOISER_OPTIONS}
+    shared = {k: v for k, v in config.to_dict().items() if k in (*DENOISER_OPTIONS, *HOW)}
     return train("ddpm", data, folder, preset=preset, resume=True, **common, **shared)
 
 
 def _train_critic(data, folder, kind, config, common) -> Run:
     """The run whose critic a method starts from."""
     name = kind.pretrained_critic(config)
-    return train(name, data, folder, resume=True, critic_width=config.critic_width, **common)
+    shared = {k: getattr(config, k) for k in HOW}
+    return train(name, data, folder, resume=True, critic_width=config.critic_width, **shared, **common)
 
 
 def _with_largest_batch(start: Start, folder: Path, seed: int) -> Method:

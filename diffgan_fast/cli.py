@@ -56,6 +56,10 @@ def _word_or_int(text: str) -> str | int:
     return int(text) if text.removeprefix("-").isdigit() else text
 
 
+def _word_or_bool(text: str) -> str | bool:
+    return {"true": True, "false": False}.get(text, text)
+
+
 def _tell(text: str, err: bool = False) -> None:
     """Prints it once, however many processes there are."""
     if distributed.is_main():
@@ -73,7 +77,10 @@ def _flag(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     plain = [a for a in typing.get_args(hint) if a is not type(None)] if type(None) in typing.get_args(hint) else [hint]
     settings: dict[str, Any] = dict(help=f"{meta['help']}{unit} [default: {default}]", show_default=False)
     if field.name == "batch_size" or typing.get_origin(plain[0]) in (typing.Union, types.UnionType):
-        plain, settings = [str], {**settings, "parser": _word_or_int, "metavar": "WORD|INTEGER"}
+        other: dict[str, Any] = {"parser": _word_or_int, "metavar": "WORD|INTEGER"}
+        if bool in typing.get_args(plain[0]):
+            other = {"parser": _word_or_bool, "metavar": "WORD|true|false"}
+        plain, settings = [str], {**settings, **other}
     option = typer.Option(name, **settings)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain[0] | None, option]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffgan_fast import random, report
-from diffgan_fast.engine import Batch, Method
+from diffgan_fast.engine import Batch, Method, precision
 from diffgan_fast.run import build
 
 SHARE = 0.9  # of the free memory that a run may take: workspaces of libraries come on top of what is counted
@@ -175,8 +175,9 @@ def _probe(
     batch = Batch(x, torch.arange(n, device=device) % method.num_classes if method.num_classes else None)
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method.prepare(state, key, Path(folder))
-        peak = _peak(lambda: method.step(state, batch, key), device)
-        return peak, min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
+        with precision.reduced(method.config.precision, device):
+            peak = peak_memory(lambda: method.step(state, batch, key), device)
+            return peak, min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
 
 
 def _seconds(step: Callable[[], dict[str, torch.Tensor]]) -> float:
@@ -185,7 +186,7 @@ def _seconds(step: Callable[[], dict[str, torch.Tensor]]) -> float:
     return time.perf_counter() - started
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call has at most beside what there was before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

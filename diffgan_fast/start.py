@@ -15,7 +15,7 @@ from torch import nn
 
 from diffgan_fast import backends
 from diffgan_fast import data as data_sets
-from diffgan_fast.engine import Method
+from diffgan_fast.engine import Method, precision
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.methods.gan import GAN
@@ -73,6 +73,7 @@ def resolve(method, data, preset, base, critic, model, generator, device, subset
             value, run = dictated[name]
             raise ValueError(f"{name} is {value!r} in the {run} run, and cannot be {options[name]!r} here")
     config = kind.Config.make(preset, **{name: value for name, (value, _) in dictated.items()} | options)
+    precision.check(config.precision, where)
     instance = kind(config, train_data.shape, train_data.num_classes)
     if judge is not None and kind.pretrained_critic(config) is None:
         raise ValueError("critic must be None or a network with critic_start='scratch'; got a run of 'gan'")

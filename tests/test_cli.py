@@ -185,3 +185,12 @@ def test_evaluate_takes_what_others_store(capsys, tmp_path):
     assert "images in [0, 1] must be scaled to [-1, 1] first" in unit.out and not unit.err
     table = run(capsys, "evaluate", str(tmp_path / "grey.npz"), "--against", "digits", "--metrics", "kid").out
     assert "±" in table and "real data" in table
+
+
+def test_precision_and_compile_are_flags(capsys, tmp_path):
+    how = ["--precision", "bf16", "--compile", "false"]
+    run(capsys, "train", "ddpm", "--out", str(tmp_path / "r"), "--width", "8", *how, *FAST)
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
+    assert config["precision"] == "bf16" and config["compile"] is False
+    wrong = run(capsys, "train", "ddpm", "--out", str(tmp_path / "s"), "--compile", "maybe", *FAST, code=2).err
+    assert "compile must be 'auto' or bool, got 'maybe'" in wrong

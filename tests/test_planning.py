@@ -21,7 +21,7 @@ def test_the_peak_counts_tensors_alive_at_the_same_time():
         y.sum().backward()  # the gradient of y, of the product (the same shape), of w
 
     unit = 100 * 100 * 4
-    assert 4 * unit <= planning._peak(call, CPU) <= 5.1 * unit
+    assert 4 * unit <= planning.peak_memory(call, CPU) <= 5.1 * unit
 
 
 def test_the_extrapolation_meets_the_whole_chain():

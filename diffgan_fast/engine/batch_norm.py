@@ -37,6 +37,7 @@ class _Shared(_BatchNorm):
     Running statistics are those of one process with the whole batch. In eval mode nothing is exchanged.
     """
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.running_var is not None:
             return super().forward(x)

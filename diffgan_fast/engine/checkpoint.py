@@ -41,7 +41,8 @@ def _write(final: Path, state: State, extra: dict[str, Any]) -> None:
     for name, tensors in (("model", weights), ("optim", moments)):
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
     trained = {name: optimizer.names for name, optimizer in state.optimizers.items()}
-    facts = {"step": state.step, "updates": state.updates, "trained": trained, **extra}
+    scalers = {name: scaler.state_dict() for name, scaler in state.scalers.items()}
+    facts = {"step": state.step, "updates": state.updates, "trained": trained, "scalers": scalers, **extra}
     files.write(part / "state.json", json.dumps(facts, indent=1) + "\n")
     for file in part.iterdir():
         with open(file, "rb") as f:
@@ -104,6 +105,8 @@ def load(folder: Path, state: State, *, best: bool = False) -> dict[str, Any]:
             if owner == name:
                 stored.setdefault(int(number), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": stored})
+        if scale := facts.get("scalers", {}).get(name):
+            state.scalers[name].load_state_dict(scale)
     state.step = facts["step"]
     state.updates.update(facts["updates"])
     return facts

@@ -14,6 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from diffgan_fast.engine.compiling import Compile
+from diffgan_fast.engine.precision import Precision
+
 
 def option(default: Any, help: str, *, unit: str = "", low: float | None = None, high: float | None = None) -> Any:
     """A config field with its help line, its unit, and its least and greatest value."""
@@ -43,6 +46,14 @@ class TrainConfig:
     ema_start: int = option(0, "updates during which the average is a copy", unit="updates", low=0)
     flip: bool = option(False, "mirror half of the training images")
     channels_last: bool = option(True, "keep images and convolutions in channels_last memory format")
+    precision: Precision = option(
+        "fp32",
+        "what the networks compute in while they train: fp32 (as torch is set), tf32 (CUDA), or bf16 or fp16 by "
+        "autocast, fp16 with scaled losses",
+    )
+    compile: Compile = option(
+        False, "compile the networks while they train: true, false, or auto: on CUDA, where that pays soonest"
+    )
     log_every: int = option(50, "steps between rows of metrics.jsonl", unit="steps", low=1)
     sample_every: int = option(500, "steps between sample grids (0: only at the end)", unit="steps", low=0)
     checkpoint_every: int = option(1000, "steps between checkpoints (0: only at the end)", unit="steps", low=0)

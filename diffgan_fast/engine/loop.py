@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from diffgan_fast import random
-from diffgan_fast.engine import checkpoint, distributed
+from diffgan_fast.engine import checkpoint, distributed, precision
+from diffgan_fast.engine.compiling import compiled
 from diffgan_fast.engine.feed import Feed
+from diffgan_fast.engine.gpu import Meter
 from diffgan_fast.engine.method import Method
 from diffgan_fast.engine.state import State
 
@@ -59,7 +61,7 @@ class Loop:
         self.part = distributed.share(self.config.batch_size)
         self.on_log, self.on_sample, self.on_evaluate = on_log, on_sample, on_evaluate
         self.seed_key = random.key(seed)
-        self.seconds = 0.0
+        self.seconds, self.meter = 0.0, Meter(feed.device)
         self._saved: int | None = None  # step of the last checkpoint
         self._pending: list[dict[str, torch.Tensor]] = []  # losses since the last row, still on the device
         self.unlogged: list[dict[str, float]] = []  # the same on the host, known to be finite
@@ -71,8 +73,9 @@ class Loop:
         for net in state.nets.values():
             net.train()
         bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
-        self._since = time.perf_counter()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar, self._interrupts():
+        self._begin()
+        forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        with forked, bar, self._interrupts(), compiled(state.nets, c.compile, self.feed.device):
             stop = distributed.Stop()
             try:
                 while state.step < c.steps:
@@ -112,7 +115,9 @@ class Loop:
         key = random.fold_in(self.seed_key, "step", state.step)
         torch.manual_seed(random.fold_in(key, "torch", self.part.start))  # dropout and the like
         try:
-            losses = self.method.step(state, self.feed.batch(state.step, self.part), key)
+            batch = self.feed.batch(state.step, self.part)
+            with precision.reduced(c.precision, self.feed.device):
+                losses = self.method.step(state, batch, key)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -145,15 +150,22 @@ class Loop:
         """Goes back to the last checkpoint of the run's folder."""
         facts = checkpoint.load(self.folder, self.state)
         self.seconds, self.unlogged, self._saved = facts["seconds"], facts["unlogged"], self.state.step
+        self.meter.row(self.state.step * self.config.batch_size // distributed.size())  # images of others' energy
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """For work that is not training: its seconds do not count."""
+        """For work that is not training: its seconds do not count, and nothing is compiled for it."""
         self._clock()
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        self._begin()
+
+    def _begin(self) -> None:
+        self.meter.start()
         self._since = time.perf_counter()
 
     def _clock(self) -> None:
+        self.meter.stop()
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
 
@@ -205,6 +217,8 @@ class Loop:
             "seconds": round(self.seconds, 3),
             **means,
         }
+        if doing := self.meter.row(images // distributed.size()):
+            row["gpu"] = doing
         if judged:
             with self._aside():
                 row["evaluation"] = distributed.from_main(self.on_evaluate)

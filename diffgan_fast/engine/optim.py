@@ -81,6 +81,11 @@ class FlatAdamW(torch.optim.AdamW):
             p.data = p.data.clone()
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.parameters[0].device
+
+    @property
     def gradients(self) -> list[Tensor]:
         """The gradient, a vector for each dtype."""
         return [vector.grad for group in self.param_groups for vector in group["params"]]

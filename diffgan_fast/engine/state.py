@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from diffgan_fast.engine import batch_norm, distributed
+from diffgan_fast.engine import batch_norm, distributed, precision
 from diffgan_fast.engine.config import TrainConfig
 from diffgan_fast.engine.optim import FlatAdamW
 
@@ -38,6 +38,7 @@ class State:
         self.exchange: Callable[[torch.Tensor], object] = lambda gradient: None  # with other processes: see `together`
         self._base_lr = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
         self._updates = dict.fromkeys(optimizers, 0)
+        self.scalers = {name: precision.scaler(config.precision, o.device) for name, o in optimizers.items()}
         self.ema = {name: copy.deepcopy(nets[name]).eval().requires_grad_(False) for name in averaged if config.ema > 0}
 
     def __getitem__(self, name: str) -> nn.Module:
@@ -53,20 +54,23 @@ class State:
 
         scheduled: whether its learning rate follows the config's schedule; None: that of a generating network does.
         """
-        optimizer, net = self.optimizers[name], self.nets[name]
-        optimizer.backward(loss)
-        for gradient in optimizer.gradients:
-            self.exchange(gradient)
-        if name in self.generating and self.config.clip_grad:
-            optimizer.clip(self.config.clip_grad)
-        scheduled = name in self.generating if scheduled is None else scheduled
-        lr = self._base_lr[name] * (self.lr_factor() if scheduled else 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        self._updates[name] += 1
-        if name in self.ema and self._updates[name] % self.config.ema_every == 0:
-            self._average(net, self.ema[name], self._updates[name])
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        with precision.full(optimizer.device):
+            optimizer.backward(scaler.scale(loss))
+            for gradient in optimizer.gradients:
+                self.exchange(gradient)
+            scaler.unscale_(optimizer)  # and notes, on the device, whether it is finite
+            if name in self.generating and self.config.clip_grad:
+                optimizer.clip(self.config.clip_grad)
+            scheduled = name in self.generating if scheduled is None else scheduled
+            lr = self._base_lr[name] * (self.lr_factor() if scheduled else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            self._updates[name] += 1
+            if name in self.ema and self._updates[name] % self.config.ema_every == 0:
+                self._average(self.nets[name], self.ema[name], self._updates[name])
 
     @property
     def generating(self) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def losses(
         fake ones have the t of the real ones; the generator's loss draws new t. Call the function after the critic's
         update, as that of `gan.losses`.
     """
-    judge, fake = BehindNoise(critic, diffusion), generator(z)
+    judge, fake = BehindNoise(critic, diffusion), generator(z).to(z.dtype)
     loss, logits, _ = _critic_side(judge, x0, fake, key, gan_loss, first_sample, paired=True)
     return loss, lambda: _generator_side(judge, fake, key, gan_loss, first_sample), logits
 
@@ -140,21 +140,26 @@ class DiffusionGAN(GeneratorMethod):
         diffusion = cast(AdaptiveDiffusion, state["diffusion"])
         judge, kind = BehindNoise(state["critic"], diffusion), self.config.gan_loss
         as_coded = self.config.variant == "as-coded"
-        fake, logged = generator(self.draw_z(len(x0), key, first, x0.device)), {}
+        logged: dict[str, torch.Tensor] = {}
+
+        def generate(name="z"):
+            z = self.draw_z(len(x0), key, first, x0.device, name)
+            return generator(z).to(z.dtype)
 
         def train_generator(fake):
             logged["generator_loss"] = _generator_side(judge, fake, key, kind, first)
             state.update("generator", logged["generator_loss"])
 
+        fake = generate()
         if as_coded:
             train_generator(fake)
             with torch.no_grad():
-                fake = generator(self.draw_z(len(x0), key, first, x0.device, "z of the critic"))
+                fake = generate("z of the critic")
         loss, (on_real, on_fake), t = _critic_side(judge, x0, fake, key, kind, first, paired=not as_coded)
         real_key = random.fold_in(key, "real")  # the noise that the critic has just seen
         state.update("critic", self.penalised(state, loss, judge, x0, t=t, key=real_key, first_sample=first))
         if not as_coded:
             train_generator(fake)
         diffusion.update(on_real.detach(), random.fold_in(key, "levels"))
-        logged |= {"critic_loss": loss, "real_logit": on_real.mean(), "fake_logit": on_fake.mean()}
+        logged |= {"critic_loss": loss, "real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
         return logged | {"p": diffusion.p.clone(), "T": diffusion.T.clone()}

@@ -36,7 +36,7 @@ def losses(
         function after the critic's update: it judges the same samples, with their graph, by the updated critic, and
         leaves the critic's gradients alone.
     """
-    fake = generator(z)
+    fake = generator(z).to(z.dtype)
     # real and fake go in apart: in one batch, batch norm would mix their statistics
     on_real, on_fake = critic(x0), critic(fake.detach())
 
@@ -63,4 +63,4 @@ class GAN(GeneratorMethod):
         state.update("critic", self.penalised(state, loss, critic, batch.x))
         logged = {"critic_loss": loss, "generator_loss": fooled()}
         state.update("generator", logged["generator_loss"])
-        return logged | {"real_logit": on_real.mean(), "fake_logit": on_fake.mean()}
+        return logged | {"real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}

@@ -37,7 +37,8 @@ class _Equalised(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     """Each row with a root mean square of 1; a row of zeros stays one."""
-    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-8 is no float16
+    return (wide * (wide.square().mean(1, keepdim=True) + 1e-8).rsqrt()).to(x.dtype)
 
 
 class LevelEmbedding(nn.Module):

@@ -180,7 +180,7 @@ def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: flo
         and len(net) == len(linears) + len(activations) == 2 * len(linears) - 1
     )
 
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         if is_mlp and (op := penalty_op(x, weights, biases)):
             value, flat = op(x.contiguous(), weights, biases, slopes.pop(), judged, center)
             products = split(flat, weights, False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -244,12 +245,12 @@ def gradient_penalty(
             "auto": closed where it applies, else double; double inside `torch.compile`.
         cond: what else the critic takes; constants for gradients.
 
-    Returns: a scalar of at least float32.
+    Returns: a scalar of at least float32. Autocast does not reach into it: the critic runs in its weights' type.
     Gradients: with respect to the critic's parameters.
     Raises: ValueError for a critic that a mode does not take, with the layer's name, and for batch norm in training
         mode, under which a sample has no gradient of its own.
     """
-    real, fake = real.detach(), fake.detach()
+    real, fake = _constant(real), _constant(fake)
     return _penalty(critic, interpolate(real, fake, key, first_sample=first_sample), center, mode, cond)
 
 
@@ -258,24 +259,36 @@ def r1_penalty(critic: Callable[..., torch.Tensor], real: torch.Tensor, *, mode:
 
     Source: Mescheder et al. 2018, Eq. 9. Arguments, gradients and errors as for `gradient_penalty`.
     """
-    return _penalty(critic, real.detach(), 0.0, mode, cond)
+    return _penalty(critic, _constant(real), 0.0, mode, cond)
+
+
+def _constant(v):
+    """What the critic is given, without a graph; what autocast made of half the bits as float32 again."""
+    if not isinstance(v, torch.Tensor):
+        return v
+    half = v.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(v.device.type)
+    return v.detach().float() if half else v.detach()
 
 
 def _penalty(critic, x, center, mode, cond):
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
     _check_center(center)
-    critic = getattr(critic, "_orig_mod", critic)  # a compiled module has no double backward: its original has
+    critic = getattr(critic, "_orig_mod", critic)  # of one that torch.compile has wrapped
     _refuse(critic, mode)
-    cond = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in cond.items()}
-    if mode == "closed" or (mode == "auto" and not torch.compiler.is_compiling()):
-        net, reason = _in_closed_form(critic, mode, cond)
-        if net is not None:
-            joined = x if net is critic else critic.join(x, **cond)
-            return closed.closed_penalty(net, joined, x.shape[1], center, lambda g: _value_and_derivative(g, center))
-        if mode == "closed":
-            raise ValueError(f"mode 'closed' does not take this critic: {reason}")
-    return _forward(critic, x, center, cond) if mode == "forward" else _double(critic, x, center, cond)
+    cond = {name: _constant(v) for name, v in cond.items()}
+    compiling = torch.compiler.is_compiling()
+    # compiled code has no double backward: a critic that is compiled in place runs as it was
+    eager = nullcontext() if compiling else torch.compiler.set_stance("force_eager")
+    with eager, torch.autocast(x.device.type, enabled=False):
+        if mode == "closed" or (mode == "auto" and not compiling):
+            net, reason = _in_closed_form(critic, mode, cond)
+            if net is not None:
+                joined, derivative = x if net is critic else critic.join(x, **cond), _value_and_derivative
+                return closed.closed_penalty(net, joined, x.shape[1], center, lambda g: derivative(g, center))
+            if mode == "closed":
+                raise ValueError(f"mode 'closed' does not take this critic: {reason}")
+        return _forward(critic, x, center, cond) if mode == "forward" else _double(critic, x, center, cond)
 
 
 def _value_and_derivative(g: torch.Tensor, center: float) -> tuple[torch.Tensor, torch.Tensor]:

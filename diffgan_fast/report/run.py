@@ -51,9 +51,25 @@ def _summary(history: list[dict], evaluation: dict, kind: str) -> str:
         found["training time"] = _duration(clock["seconds"])
     if clock.get("seconds") and "images_seen" in clock:
         found[f"{kind} / s"] = number(round(clock["images_seen"] / clock["seconds"]))
+    if joules := [row["gpu"]["joules_per_image"] for row in history if "joules_per_image" in row.get("gpu", {})]:
+        found[f"J / {kind.removesuffix('s')}"] = number(sum(joules) / len(joules))
     labels = evaluation.get("labels", {})
     found |= {labels[key]: number(evaluation[key]) for key in labels if is_number(evaluation.get(key))}
     return tiles(found) if found else ""
+
+
+def _gpu(history: list[dict]) -> list[Section]:
+    """What the GPU did at the logged steps: its name, the range of each reading, and every throttle reason seen."""
+    states = [row["gpu"] for row in history if row.get("gpu")]
+    shown = {}
+    for key in dict.fromkeys(k for state in states for k in state):
+        seen = [state[key] for state in states if key in state]
+        if all(is_number(v) for v in seen):
+            low, high = number(min(seen)), number(max(seen))
+            shown[key] = low if low == high else f"{low} to {high}"
+        else:
+            shown[key] = ", ".join(dict.fromkeys(map(str, seen)))
+    return [("GPU", settings(shown))] if shown else []
 
 
 def _prior_warning(config: dict) -> str:
@@ -193,6 +209,7 @@ def write_run(run_dir: str | os.PathLike) -> Path:
         *_samples(folder / "samples", kind),
         *_plots(history),
         *_evaluation(evaluation, best, history, by_level, str(data)),
+        *_gpu(history),
         _settings(config),
     ]
     return files.write(folder / "report.html", page(title, sections).encode())

@@ -75,6 +75,42 @@ def test_training_benchmark():
     assert all(row["images_per_s"] > 0 and row["over_as_coded"] > 0 for row in rows)
 
 
+def test_steps_benchmark(tmp_path, capsys):
+    from benchmarks import steps
+
+    rows = report.with_ratios(steps.run(QUICK))
+    assert not report.red(rows), report.table(rows)
+    found = {(row["case"], row["provider"]) for row in rows}
+    assert found >= {(family, arm) for family in steps.QUICK for arm in ("reference", "ours")}
+    for package, (module, _) in steps.PEERS.items():
+        installed = importlib.util.find_spec(module) is not None
+        assert (("ddpm", package) in found) == installed
+        assert installed or f"{package} is skipped" in capsys.readouterr().out
+    for row in rows:
+        assert all(row[c] > 0 for c in ("ms", "images_per_s", "floor_ms", "peak_mib", "over_reference")), row
+    assert set().union(*rows) <= set(report.COLUMNS)
+    assert report.plot(rows, tmp_path / "steps.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("family", ["ddpm", "method2"])
+def test_steps_of_another_formula_are_red(family, monkeypatch):
+    """The engine on other betas than the reference has."""
+    from benchmarks import steps
+
+    case = steps.Case(family, (1, 8, 8), 4, 3 if family == "method2" else steps.T, torch.device("cpu"))
+    x = torch.rand(4, 1, 8, 8) * 2 - 1
+    assert steps.verify(case, x) == "ok"
+    right = dgf.Schedule.linear
+    monkeypatch.setattr("diffgan_fast.methods.diffusion.Schedule.linear", lambda T, *_: right(T, 1e-4, 0.2))
+    monkeypatch.setattr(steps.Case, "tables", lambda self, dtype=torch.float32: tables(self, dtype, right))
+    assert steps.verify(case, x).startswith("RED")
+
+
+def tables(case, dtype, linear):
+    abar = linear(case.steps).alphas_cumprod
+    return abar.to(dtype), (1 - abar / abar.roll(1)).to(dtype)
+
+
 def test_chain_benchmark():
     from benchmarks import chain
 

@@ -64,6 +64,7 @@ def train_all(folder: Path, names=tuple(RUNS)):
     given = {"method2": dict(base=base, critic=folder / "gan"), "discriminator-guidance": dict(base=base)}
     for name in names:
         train(name, folder / name, **RUNS[name], **given.get(name, {}))
+    train("ddpm", folder / "half", model=net(), T=4, steps=6, precision="fp16")
     return train("ddpm", folder / "own", model=net(), T=4)
 
 

@@ -86,6 +86,17 @@ def test_four_processes_learn_what_one_does(run, folders):
     assert weights < 1e-5 and losses < 1e-5
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_run_in_float16_is_shared(size, folders):
+    """Up to float16's rounding, which differs with the size of a part; all leave out the same steps."""
+    weights, losses = difference(folders[0][1] / "half", folders[0][size] / "half")
+    assert weights < 2e-3 and losses < 1e-3
+    scalers = [
+        json.loads((folders[0][n] / "half/checkpoints/step-6/state.json").read_text())["scalers"] for n in (1, size)
+    ]
+    assert scalers[0] == scalers[1] and scalers[0]["denoiser"]["scale"] > 0
+
+
 def test_scores_in_training_are_those_of_one_process(folders):
     mine, theirs = (checkpoint.read_rows(folders[0][n] / "ddpm" / "metrics.jsonl")[-1]["evaluation"] for n in (1, 2))
     assert all(mine.pop(key) == theirs.pop(key) for key in ("labels", "extractor"))
