@@ -70,7 +70,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """As that of `torch.optim.AdamW`, without its hooks and checks: they take longer than a small network's update."""
+        """That of `torch.optim.AdamW` without its hooks and checks, which take longer than a small network's update."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             known: list[list[Tensor]] = [[], [], [], [], [], []]
