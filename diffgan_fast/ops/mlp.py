@@ -5,8 +5,8 @@
 with f a ReLU (slope 0) or LeakyReLU and the term in brackets where `skip`. In plain torch such a net is dozens of tiny
 ops; the C++ form takes blocks of rows through all layers while they stay in a core's cache. There is one only for the
 CPU, where a torch whose BLAS can be called from C++ is needed; else the plain form runs. With AVX2 its float32 products
-are its own, which make their weights into panels once a call and apply what follows them while it is in the cache. The gradient penalty has a
-Triton form too.
+are its own: weights become panels once a call, and what follows a product is applied while it is in the cache. The
+gradient penalty has a Triton form too.
 """
 
 from __future__ import annotations
