@@ -63,6 +63,8 @@ void pack(const float* w, bool transposed, int64_t k, int64_t n, int64_t stride,
     for (; i + 8 <= k; i += 8)
       for (int64_t c = 0; c < kPanel; c += 8) V::transpose8(w + (first + c) * stride + i, stride, out + i * kPanel + c);
   }
+  for (; !transposed && columns == kPanel && i < k; ++i)
+    for (int64_t c = 0; c < kPanel; c += 8) V::store(out + i * kPanel + c, V::load(w + i * stride + first + c));
   for (; i < k; ++i)
     for (int64_t c = 0; c < kPanel; ++c)
       out[i * kPanel + c] = c >= columns ? 0.0f : transposed ? w[(first + c) * stride + i] : w[i * stride + first + c];
