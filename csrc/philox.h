@@ -133,6 +133,25 @@ DGF_HD typename V::F log_unit(typename V::F x) {
   return V::fma(n, V::splat(0.693359375f), V::add(y, f));
 }
 
+// sin and cos of quadrant * pi/2 + x, |x| <= pi/4 (the low two bits of `quadrant` count).
+template <class V>
+DGF_HD void sin_cos(typename V::F x, typename V::I quadrant, typename V::F& s, typename V::F& c) {
+  using F = typename V::F;
+  using I = typename V::I;
+  const F z = V::mul(x, x);
+  F sp = V::fma(V::splat(-1.9515295891e-4f), z, V::splat(8.3321608736e-3f));
+  sp = V::fma(sp, z, V::splat(-1.6666654611e-1f));
+  sp = V::fma(V::mul(sp, z), x, x);
+  F cp = V::fma(V::splat(2.443315711809948e-5f), z, V::splat(-1.388731625493765e-3f));
+  cp = V::fma(cp, z, V::splat(4.166664568298827e-2f));
+  cp = V::fma(V::mul(cp, z), z, V::fma(z, V::splat(-0.5f), V::splat(1.0f)));
+  // Quadrant q: (cos, sin) = (c, s), (-s, c), (-c, -s), (s, -c) for q = 0..3; the sign goes into the top bit.
+  const I sign_s = V::template shl<30>(V::band(quadrant, V::splat(2u)));
+  const I sign_c = V::template shl<30>(V::band(V::add(quadrant, V::splat(1u)), V::splat(2u)));
+  c = V::from_bits(V::bxor(V::bits(V::select_odd(quadrant, sp, cp)), sign_c));
+  s = V::from_bits(V::bxor(V::bits(V::select_odd(quadrant, cp, sp)), sign_s));
+}
+
 // Two independent standard normals from two words.
 template <class V>
 DGF_HD void box_muller(typename V::I w0, typename V::I w1, typename V::F& c, typename V::F& s) {
@@ -144,18 +163,9 @@ DGF_HD void box_muller(typename V::I w0, typename V::I w1, typename V::F& c, typ
   // theta = quadrant * pi/2 + x with |x| <= pi/4, split in integers and so without rounding.
   const I quadrant = V::template shr<30>(V::add(w1, V::splat(0x20000000u)));
   const F x = V::mul(V::to_float(V::sub(w1, V::template shl<30>(quadrant))), V::splat(1.4629180792671596e-9f));
-  const F z = V::mul(x, x);
-  F sp = V::fma(V::splat(-1.9515295891e-4f), z, V::splat(8.3321608736e-3f));
-  sp = V::fma(sp, z, V::splat(-1.6666654611e-1f));
-  sp = V::fma(V::mul(sp, z), x, x);
-  F cp = V::fma(V::splat(2.443315711809948e-5f), z, V::splat(-1.388731625493765e-3f));
-  cp = V::fma(cp, z, V::splat(4.166664568298827e-2f));
-  cp = V::fma(V::mul(cp, z), z, V::fma(z, V::splat(-0.5f), V::splat(1.0f)));
-  // Quadrant q: (cos, sin) = (c, s), (-s, c), (-c, -s), (s, -c) for q = 0..3; the sign goes into the top bit.
-  const I sign_s = V::template shl<30>(V::band(quadrant, V::splat(2u)));
-  const I sign_c = V::template shl<30>(V::band(V::add(quadrant, V::splat(1u)), V::splat(2u)));
-  c = V::mul(r, V::from_bits(V::bxor(V::bits(V::select_odd(quadrant, sp, cp)), sign_c)));
-  s = V::mul(r, V::from_bits(V::bxor(V::bits(V::select_odd(quadrant, cp, sp)), sign_s)));
+  sin_cos<V>(x, quadrant, s, c);
+  c = V::mul(r, c);
+  s = V::mul(r, s);
 }
 
 template <class V>

@@ -8,6 +8,7 @@ key[n] would hold).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import overload
@@ -62,9 +63,14 @@ def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key:
     return key
 
 
+@functools.lru_cache(maxsize=1024)
+def _name_word(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 def _data_word(data: int | str | torch.Tensor) -> int | torch.Tensor:
     if isinstance(data, str):
-        return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "little")
+        return _name_word(data)
     if isinstance(data, torch.Tensor):
         if data.dtype != torch.int64:
             raise ValueError(f"data must be ints, strings or int64 tensors, got a tensor of {data.dtype}")

@@ -15,6 +15,19 @@ struct StepArgs {
   bool clip;
 };
 
+// Products of matrices: the right factor comes in panels of this many columns, each [k, kPanel].
+constexpr int64_t kPanel = 16;
+
+// What becomes of a product's elements, with f(z) = z for z > 0, else slope z:
+//   v = (sum + bias) f'(gate) + add,   out = v,   active = f(v)
+// Each pointer may be null. All but bias [n] are matrices of rows `stride` apart; add may be out.
+template <class A> struct Finish {
+  const A *bias = nullptr, *gate = nullptr, *add = nullptr;
+  A slope = 0;
+  int64_t stride = 0;
+  A *out = nullptr, *active = nullptr;
+};
+
 // Kernels work on one chunk (`square_sums`: on pieces of samples). Those that read coefficient rows return false if one
 // is out of range or undefined.
 struct Kernels {
@@ -26,6 +39,12 @@ struct Kernels {
   void (*interpolate)(const Grid&, Dtype, const void* real, const void* fake, void* out, int64_t chunk);
   void (*square_sums)(const Grid&, Dtype, const void* x, int64_t pieces, double* sums, int64_t begin, int64_t end);
   void (*scale_samples)(const Grid&, Dtype, const void* x, const double* factors, void* out, int64_t chunk);
+  void (*sinusoids)(int64_t n, int64_t half, const float* x, const float* frequencies, float* out);
+  // of products.h; `pack` and `product` are null where a BLAS is faster
+  void (*finish)(int64_t rows, int64_t width, const float* sums, int64_t stride, int64_t r, int64_t j, const Finish<float>&);
+  void (*pack)(const float* w, bool transposed, int64_t k, int64_t n, int64_t stride, int64_t panel, float* out);
+  void (*product)(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t column, const float* panels,
+                  const Finish<float>&);
 };
 
 Kernels baseline_kernels();

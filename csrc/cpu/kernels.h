@@ -7,6 +7,8 @@
 
 #include "../philox.h"
 #include "core.h"
+#include "products.h"
+#include "sinusoids.h"
 
 namespace dgf {
 namespace {
@@ -529,8 +531,9 @@ inline void scale_samples_chunk(const Grid& g, Dtype dtype, const void* x_, cons
 }
 
 template <class V> Kernels kernels_of() {
-  return {random_chunk<V>,   add_noise_chunk<V>,   noise_pair_chunk<V>, step_chunk<V>,
-          residual_chunk<V>, interpolate_chunk<V>, square_sums,         scale_samples_chunk};
+  return {random_chunk<V>,      add_noise_chunk<V>, noise_pair_chunk<V>, step_chunk<V>, residual_chunk<V>,
+          interpolate_chunk<V>, square_sums,        scale_samples_chunk, sinusoids<V>,  finish<V>,
+          nullptr,              nullptr};
 }
 
 }  // namespace

@@ -1,56 +1,22 @@
 // Small fully connected networks, a whole one in one parallel region: a thread takes a block of rows through all layers
-// while they stay in its cache. Products go through the BLAS that torch itself is linked with.
+// while they stay in its cache.
 //
 //   z_0 = W_0 x + b_0,   z_i = [z_{i-1}] + W_i f(z_{i-1}) + b_i  (the term in brackets where `skip`),
 //   out = W_last f(z) + b_last,   f(z) = z for z > 0, else slope z
 //
-// The weights' gradients are products over all rows. They are a second parallel region, cut along the outputs of the
+// The weights' gradients are products over all rows. They are a second parallel region, cut along the inputs of the
 // layers, so that no result depends on the number of threads.
 #include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "op.h"
-
-extern "C" {
-// Weak: a torch whose BLAS does not show these has no fused networks, and Python takes the plain ones.
-__attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                                  const int*, const float*, const int*, const float*, float*, const int*);
-__attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
-                                  const double*, const int*, const double*, const int*, const double*, double*, const int*);
-}
+#include "factors.h"
 
 namespace dgf {
 namespace {
 
-constexpr int64_t kRows = 128;   // of a block: what every layer reads and writes then stays in a second-level cache
-constexpr int64_t kOutputs = 64;  // of a layer, whose weights' gradient is one task
-
-inline void gemm(const char* ta, const char* tb, int m, int n, int k, const float* a, int lda, const float* b, int ldb,
-                 float beta, float* c, int ldc) {
-  const float one = 1;
-  sgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
-}
-inline void gemm(const char* ta, const char* tb, int m, int n, int k, const double* a, int lda, const double* b, int ldb,
-                 double beta, double* c, int ldc) {
-  const double one = 1;
-  dgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
-}
-
-// Row-major products. BLAS is column-major, so the factors change places.
-// c [m, n] = beta c + a [m, k] w^T, w [n, k]
-template <class A> void times_transposed(int64_t m, int64_t n, int64_t k, const A* a, const A* w, A beta, A* c) {
-  gemm("T", "N", int(n), int(m), int(k), w, int(k), a, int(k), beta, c, int(n));
-}
-// c [m, k] = a [m, n] w [n, k]
-template <class A> void times(int64_t m, int64_t n, int64_t k, const A* a, const A* w, A* c) {
-  gemm("N", "N", int(k), int(m), int(n), w, int(k), a, int(n), A(0), c, int(k));
-}
-// c [n, k] = a^T b over m rows, of a's columns first … first + n and b [m, k]
-template <class A>
-void transposed_times(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, A* c) {
-  gemm("N", "T", int(k), int(n), int(m), b, int(k), a, int(lda), A(0), c, int(k));
-}
+// Rows of a block, in whole tiles: what a layer reads and writes then stays in a second-level cache.
+constexpr int64_t kRows = 22 * kTileRows;
 
 template <class A> struct Net {
   std::vector<const A*> weights, biases;
@@ -62,6 +28,16 @@ template <class A> struct Net {
   int64_t hidden() const { return widths[1]; }
   int64_t inputs() const { return widths.front(); }
   int64_t outputs() const { return widths.back(); }
+  // Layers first … last - 1 as right factors of what goes forward, or of what goes back.
+  std::vector<Factor<A>> factors(bool forward, int64_t first, int64_t last) const {
+    std::vector<Factor<A>> all;
+    for (int64_t i = first; i < last; ++i) {
+      const auto w = static_cast<size_t>(i);
+      const int64_t in = widths[w], out = widths[w + 1];
+      all.push_back({weights[w], forward, forward ? in : out, forward ? out : in});
+    }
+    return all;
+  }
   int64_t parameters() const {  // of a flat gradient: weights and biases, layer by layer
     int64_t n = 0;
     for (size_t i = 1; i < widths.size(); ++i) n += widths[i] * (widths[i - 1] + 1);
@@ -108,60 +84,23 @@ template <class One> void for_rows(int64_t n, One&& one) {
   });
 }
 
-// ---- the loops between the products. Their arguments are plain values and restricted pointers, so that they vectorise ----
-
-template <class A> inline A slope_at(A z, A slope) { return z > A(0) ? A(1) : slope; }
-
-// out = f(z)
-template <class A> void activate(int64_t n, A slope, const A* __restrict z, A* __restrict out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = z[j] * slope_at(z[j], slope);
-}
-
-// out = row, or x + row
+// f(z_0) … f(z_{layers-2}) of a block of rows; that of z_i stands at actives + i * stride.
 template <class A>
-void add_row(int64_t m, int64_t width, const A* __restrict x, const A* __restrict row, A* __restrict out) {
-  for (int64_t r = 0; r < m; ++r, out += width) {
-    if (x) {
-      for (int64_t j = 0; j < width; ++j) out[j] = x[r * width + j] + row[j];
-    } else {
-      for (int64_t j = 0; j < width; ++j) out[j] = row[j];
-    }
+void hidden_layers(const Net<A>& net, const Factors<A>& forward, int64_t m, const A* x, A* actives, int64_t stride) {
+  const int64_t last = net.layers() - 2;
+  Room<A> z(net.skip ? m * net.hidden() : 0);
+  for (int64_t i = 0; i <= last; ++i) {
+    Finish<A> f;
+    f.bias = net.biases[static_cast<size_t>(i)];
+    f.slope = net.slope;
+    f.active = actives + i * stride;
+    if (net.skip && i > 0) f.add = z;
+    if (net.skip && i < last) f.out = z;
+    multiply(m, i == 0 ? x : actives + (i - 1) * stride, forward[i], f);
   }
 }
 
-// out = g f'(z), or g f'(z) + x
-template <class A>
-void scale_by_slope(int64_t n, A slope, const A* __restrict z, const A* __restrict g, const A* __restrict x,
-                    A* __restrict out) {
-  if (x) {
-    for (int64_t j = 0; j < n; ++j) out[j] = g[j] * slope_at(z[j], slope) + x[j];
-  } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = g[j] * slope_at(z[j], slope);
-  }
-}
-
-// z_0 … z_{layers-2} of a block of rows; z_i stands at hidden + i * stride. With stride 0 each overwrites the last.
-// `active` holds f(z) of the last one afterwards.
-template <class A> void hidden_layers(const Net<A>& net, int64_t m, const A* x, A* hidden, int64_t stride, A* active) {
-  const int64_t H = net.hidden();
-  add_row<A>(m, H, nullptr, net.biases[0], hidden);
-  times_transposed(m, H, net.inputs(), x, net.weights[0], A(1), hidden);
-  activate(m * H, net.slope, hidden, active);
-  for (int64_t i = 1; i < net.layers() - 1; ++i) {
-    const A* z = hidden;
-    hidden += stride;
-    const A* bias = net.biases[static_cast<size_t>(i)];
-    if (net.skip && stride == 0) {
-      for (int64_t r = 0; r < m; ++r)
-        for (int64_t j = 0; j < H; ++j) hidden[r * H + j] += bias[j];
-    } else {
-      add_row<A>(m, H, net.skip ? z : nullptr, bias, hidden);
-    }
-    times_transposed(m, H, H, active, net.weights[static_cast<size_t>(i)], A(1), hidden);
-    activate(m * H, net.slope, hidden, active);
-  }
-}
-
+// The output, and where `keep` asks for them f(z_0) …, [layers - 1, N, hidden], else an empty tensor.
 std::tuple<Tensor, Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, double slope, bool skip,
                                bool keep) {
   return with_real(x, [&](auto real) -> std::tuple<Tensor, Tensor> {
@@ -174,48 +113,23 @@ std::tuple<Tensor, Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vecto
     Tensor out = uninitialized(x, 2, out_sizes, out_strides);
     const A* in = static_cast<const A*>(x.data_ptr());
     A *kept = keep ? static_cast<A*>(hidden.data_ptr()) : nullptr, *o = static_cast<A*>(out.data_ptr());
+    const Factors<A> forward(net.factors(true, 0, L));
     for_rows(N, [&](int64_t r, int64_t m) {
-      std::vector<A> scratch(static_cast<size_t>((keep ? 1 : 2) * m * H));
-      A* z = keep ? kept + r * H : scratch.data() + m * H;
-      hidden_layers(net, m, in + r * net.inputs(), z, keep ? N * H : 0, scratch.data());
-      add_row<A>(m, K, nullptr, net.biases.back(), o + r * K);
-      times_transposed(m, K, H, scratch.data(), net.weights.back(), A(1), o + r * K);
+      Room<A> scratch(keep ? 0 : (L - 1) * m * H);
+      A* actives = keep ? kept + r * H : scratch;
+      const int64_t stride = keep ? N * H : m * H;
+      hidden_layers(net, forward, m, in + r * net.inputs(), actives, stride);
+      Finish<A> f;
+      f.bias = net.biases.back();
+      f.out = o + r * K;
+      multiply<A>(m, actives + (L - 2) * stride, forward[L - 1], f);
     });
     return {out, hidden};
   });
 }
 
-// A weight's gradient delta^T h over all rows, in tasks of kOutputs outputs. Tasks of one number lie in all layers, so
-// that neighbouring threads get equal shares.
-struct Product {
-  const void *delta, *h;
-  void *weight, *bias;  // bias may be null
-  int64_t outputs, inputs;
-};
-
-template <class A> void products(int64_t N, const std::vector<Product>& all) {
-  int64_t most = 0;
-  for (const Product& p : all) most = p.outputs > most ? p.outputs : most;
-  const int64_t layers = static_cast<int64_t>(all.size()), blocks = (most + kOutputs - 1) / kOutputs;
-  torch::stable::parallel_for(0, layers * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const Product& p = all[static_cast<size_t>(task % layers)];
-      const int64_t first = task / layers * kOutputs;
-      if (first >= p.outputs) continue;
-      const int64_t n = p.outputs - first < kOutputs ? p.outputs - first : kOutputs;
-      const A* delta = static_cast<const A*>(p.delta) + first;
-      transposed_times(N, n, p.inputs, delta, p.outputs, static_cast<const A*>(p.h),
-                       static_cast<A*>(p.weight) + first * p.inputs);
-      if (!p.bias) continue;
-      A* bias = static_cast<A*>(p.bias) + first;
-      for (int64_t j = 0; j < n; ++j) bias[j] = A(0);
-      for (int64_t r = 0; r < N; ++r)
-        for (int64_t j = 0; j < n; ++j) bias[j] += delta[r * p.outputs + j];
-    }
-  });
-}
-
-// (gradient of x, flat gradient of weights and biases), each empty where it is not wanted.
+// (gradient of x, flat gradient of weights and biases), each empty where it is not wanted. `hidden` holds f(z), which is
+// above 0 where z is, as no slope is below 0.
 std::tuple<Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor hidden, std::vector<Tensor> weights, double slope,
                                         bool skip, bool want_x, bool want_parameters) {
   return with_real(x, [&](auto real) -> std::tuple<Tensor, Tensor> {
@@ -227,55 +141,41 @@ std::tuple<Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor hidden, st
                     "diffgan_fast: the gradient or the hidden layers do not fit x");
     Tensor grad_x = want_x ? uninitialized_like(x) : uninitialized_vector(x, 0);
     Tensor flat = uninitialized_vector(x, want_parameters ? net.parameters() : 0);
-    const auto *z = static_cast<const A*>(hidden.data_ptr()), *in = static_cast<const A*>(x.data_ptr());
+    const auto *actives = static_cast<const A*>(hidden.data_ptr()), *in = static_cast<const A*>(x.data_ptr());
     const auto* g = static_cast<const A*>(grad.data_ptr());
     A* gx = want_x ? static_cast<A*>(grad_x.data_ptr()) : nullptr;
-    // what the products need of every layer: its output's gradient and its input, for all rows
-    const size_t kept = want_parameters ? static_cast<size_t>((L - 1) * N * H) : 0;
-    Tensor store = uninitialized_vector(x, static_cast<int64_t>(2 * kept));
-    A* deltas = static_cast<A*>(store.data_ptr());
-    A* actives = deltas + kept;
+    const int64_t lowest = want_x ? 0 : 1;
+    const Factors<A> back(net.factors(false, lowest, L));
+    Room<A> deltas((L - 1) * N * H);  // gradients of z_0 …
     for_rows(N, [&](int64_t r, int64_t m) {
-      std::vector<A> scratch(static_cast<size_t>(2 * m * H));
       const A* above = g + r * K;  // gradient of layer i's output
       for (int64_t i = L - 1; i >= 1; --i) {
-        A* product = scratch.data();
-        times(m, i == L - 1 ? K : H, H, above, net.weights[static_cast<size_t>(i)], product);
-        A* delta = want_parameters ? deltas + ((i - 1) * N + r) * H : scratch.data() + m * H;
-        A* active = want_parameters ? actives + ((i - 1) * N + r) * H : nullptr;
-        const A* zi = z + ((i - 1) * N + r) * H;
-        scale_by_slope(m * H, net.slope, zi, product, skip && i < L - 1 ? above : nullptr, delta);
-        if (active) activate(m * H, net.slope, zi, active);
-        above = delta;
+        Finish<A> f;
+        f.gate = actives + ((i - 1) * N + r) * H;
+        f.slope = net.slope;
+        f.add = skip && i < L - 1 ? above : nullptr;
+        f.out = deltas + ((i - 1) * N + r) * H;
+        multiply(m, above, back[i - lowest], f);
+        above = f.out;
       }
-      if (gx) times(m, H, net.inputs(), above, net.weights[0], gx + r * net.inputs());
+      if (!gx) return;
+      Finish<A> f;
+      f.out = gx + r * net.inputs();
+      multiply(m, above, back[0], f);
     });
     if (want_parameters) {
-      std::vector<Product> all;
+      std::vector<Gradient<A>> all;
       A* out = static_cast<A*>(flat.data_ptr());
       for (int64_t i = 0; i < L; ++i) {
         const int64_t o = net.widths[static_cast<size_t>(i) + 1], k = net.widths[static_cast<size_t>(i)];
         const A* delta = i == L - 1 ? g : deltas + i * N * H;
-        all.push_back({delta, i == 0 ? in : actives + (i - 1) * N * H, out, out + o * k, o, k});
+        all.push_back({delta, i == 0 ? in : actives + (i - 1) * N * H, o, k, out, out + o * k});
         out += o * (k + 1);
       }
-      products<A>(N, all);
+      gradients(N, all);
     }
     return {grad_x, flat};
   });
-}
-
-// slopes = f'(z), then z = g f'(z)
-template <class A> void turn(int64_t n, A slope, const A* __restrict g, A* __restrict z, A* __restrict slopes) {
-  for (int64_t j = 0; j < n; ++j) {
-    const A s = slope_at(z[j], slope);
-    slopes[j] = s;
-    z[j] = g[j] * s;
-  }
-}
-
-template <class A> void multiply(int64_t n, const A* __restrict x, A* __restrict out) {
-  for (int64_t j = 0; j < n; ++j) out[j] *= x[j];
 }
 
 // The gradient penalty of a network without skips, and its flat gradient (of the weights; the biases' is 0), from four
@@ -296,26 +196,27 @@ std::tuple<Tensor, Tensor> mlp_penalty(Tensor x, std::vector<Tensor> weights, st
     std::vector<A> top(static_cast<size_t>(H));  // the gradient of the outputs' sum at the last hidden layer
     for (int64_t k = 0; k < K; ++k)
       for (int64_t j = 0; j < H; ++j) top[static_cast<size_t>(j)] += net.weights.back()[k * H + j];
-    Tensor store = uninitialized_vector(x, 2 * (L - 1) * N * H + N * D + N * K);
-    A* deltas = static_cast<A*>(store.data_ptr());  // first the hidden layers, then d out / d z in their place
-    A* tangents = deltas + (L - 1) * N * H;
-    A* v = tangents + (L - 1) * N * H;
-    A* ones = v + N * D;
+    const Factors<A> forward(net.factors(true, 0, L - 1)), back(net.factors(false, 0, L - 1));
+    Room<A> deltas((L - 1) * N * H), tangents((L - 1) * N * H), v(N * D), ones(N * K);
     std::vector<double> squares(static_cast<size_t>(N));
     for_rows(N, [&](int64_t r, int64_t m) {
-      std::vector<A> scratch(static_cast<size_t>(m * H));
-      hidden_layers(net, m, in + r * D, deltas + r * H, N * H, scratch.data());
-      for (int64_t i = L - 2; i >= 0; --i) {
-        A *delta = deltas + (i * N + r) * H, *slopes = tangents + (i * N + r) * H;
-        if (i == L - 2) {
-          add_row<A>(m, H, nullptr, top.data(), scratch.data());
-        } else {
-          times(m, H, H, deltas + ((i + 1) * N + r) * H, net.weights[static_cast<size_t>(i + 1)], scratch.data());
-        }
-        turn(m * H, net.slope, scratch.data(), delta, slopes);
-      }
+      Room<A> actives((L - 1) * m * H);
+      hidden_layers<A>(net, forward, m, in + r * D, actives, m * H);
+      const auto through = [&](int64_t i, A* out) {  // the slopes of layer i
+        Finish<A> f;
+        f.gate = actives + i * m * H;
+        f.slope = net.slope;
+        f.stride = H;
+        f.out = out + (i * N + r) * H;
+        return f;
+      };
+      finish_all<A>(m, H, top.data(), 0, through(L - 2, deltas));
+      for (int64_t i = L - 3; i >= 0; --i)
+        multiply<A>(m, deltas + ((i + 1) * N + r) * H, back[i + 1], through(i, deltas));
       A* h = v + r * D;
-      times(m, H, D, deltas + r * H, net.weights[0], h);
+      Finish<A> f;
+      f.out = h;
+      multiply<A>(m, deltas + r * H, back[0], f);
       for (int64_t n = 0; n < m; ++n) {
         double sum = 0;
         for (int64_t j = 0; j < judged; ++j) sum += double(h[n * D + j]) * double(h[n * D + j]);
@@ -326,22 +227,21 @@ std::tuple<Tensor, Tensor> mlp_penalty(Tensor x, std::vector<Tensor> weights, st
         for (int64_t k = 0; k < K; ++k) ones[(r + n) * K + k] = A(1);
       }
       for (int64_t i = 0; i < L - 1; ++i) {
-        times_transposed(m, H, i == 0 ? D : H, h, net.weights[static_cast<size_t>(i)], A(0), scratch.data());
+        multiply<A>(m, h, forward[i], through(i, tangents));
         h = tangents + (i * N + r) * H;
-        multiply(m * H, scratch.data(), h);
       }
     });
     double total = 0;
     for (double s : squares) total += s;
     *static_cast<A*>(mean.data_ptr()) = static_cast<A>(total / double(N));
-    std::vector<Product> all;
+    std::vector<Gradient<A>> all;
     A* out = static_cast<A*>(flat.data_ptr());
     for (int64_t i = 0; i < L; ++i) {
       const int64_t o = net.widths[static_cast<size_t>(i) + 1], k = net.widths[static_cast<size_t>(i)];
-      all.push_back({i == L - 1 ? ones : deltas + i * N * H, i == 0 ? v : tangents + (i - 1) * N * H, out, nullptr, o, k});
+      all.push_back({i == L - 1 ? ones : deltas + i * N * H, i == 0 ? v : tangents + (i - 1) * N * H, o, k, out, nullptr});
       out += o * k;
     }
-    products<A>(N, all);
+    gradients(N, all);
     return {mean, flat};
   });
 }

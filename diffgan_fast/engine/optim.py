@@ -57,19 +57,48 @@ class FlatAdamW(torch.optim.AdamW):
         vector = self.param_groups[0]["params"][0]
         if self.parameters[0].untyped_storage().data_ptr() != vector.untyped_storage().data_ptr():
             raise RuntimeError("the module was moved or cast after its optimiser was made: it would not train")
-        for p in self.parameters:
-            p.grad = None
-        loss.backward(inputs=self.parameters)
         found, places = [], []
-        for p, place in zip(self.parameters, self._gradients, strict=True):
-            if p.grad is None:  # the loss does not depend on it
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for gradient, place in zip(gradients, self._gradients, strict=True):
+            if gradient is None:  # the loss does not depend on it
                 place.zero_()
             else:
-                found.append(p.grad)
+                found.append(gradient)
                 places.append(place)
-                p.grad = None
         if found:
             torch._foreach_copy_(places, found)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """That of `torch.optim.AdamW` without its hooks and checks, which take longer than a small network's update."""
+        found_inf = getattr(self, "found_inf", None)  # a GradScaler's word: if 1, nothing is to change
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            known: list[list[Tensor]] = [[], [], [], [], [], []]
+            self._init_group(group, *known)
+            vectors, gradients, means, squares, _, steps = known
+            for vector, gradient, mean, square, step in zip(vectors, gradients, means, squares, steps, strict=True):
+                step += 1
+                torch._fused_adamw_(
+                    [vector],
+                    [gradient],
+                    [mean],
+                    [square],
+                    [],
+                    [step],
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                    found_inf=found_inf,
+                )
+                if found_inf is not None:
+                    step -= found_inf
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch wraps it in its hooks
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zeroes the gradient in place: the vectors' gradients are what `backward` fills."""

@@ -11,7 +11,7 @@ from torch import nn
 from diffgan_fast import nets, random
 from diffgan_fast.engine import Batch, Method, State, TrainConfig, evaluating, option
 from diffgan_fast.nets.folding import folded
-from diffgan_fast.ops import add_noise, denoising_loss, support
+from diffgan_fast.ops import add_noise, denoising_loss
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.sampling import Sampler, sample
 from diffgan_fast.schedule import Prediction, Schedule
@@ -245,8 +245,9 @@ def _level_rows(schedule: Schedule) -> torch.Tensor:
 
 
 def _levels(x_t: torch.Tensor, t: torch.Tensor, schedule: Schedule) -> list[torch.Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against x_t."""
-    return [c.to(x_t.dtype) for c in support.pick_rows(schedule.rows("levels", x_t, _level_rows), t, 0, x_t)]
+    """sqrt(abar_t) and sqrt(1 - abar_t) for t [N] in 0..T, shaped to broadcast against x_t."""
+    rows = schedule.rows("levels", x_t, _level_rows).index_select(0, t).to(x_t.dtype)
+    return [c.reshape(-1, *[1] * (x_t.dim() - 1)) for c in rows.unbind(1)]
 
 
 def predicted_noise(

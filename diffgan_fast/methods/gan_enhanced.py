@@ -21,7 +21,7 @@ from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, measures_batch, option
 from diffgan_fast.methods.diffusion import DiffusionConfig, DiffusionMethod, noise_levels, reconstruction
-from diffgan_fast.ops import add_noise, denoising_loss, gradient_penalty, posterior_step, support
+from diffgan_fast.ops import add_noise, denoising_loss, gradient_penalty, posterior_step
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
@@ -97,7 +97,7 @@ def losses(
         weight = None
         if snr_weight:
             rows = schedule.rows("root of snr", x0, lambda s: s.snr.sqrt().clamp_max(1)[:, None])
-            weight = support.take(rows, t)[:, 0]
+            weight = rows.index_select(0, t)[:, 0]
         with frozen(critic):
             fooled = generator_loss(critic(fake, t=t, x_t=x_t), gan_loss, weight=weight)
         return mse + adv_weight * fooled, mse

@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from diffgan_fast.ops.sinusoids import sinusoids
+
 
 @lru_cache
 def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -37,8 +39,7 @@ def sinusoidal(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tenso
         raise ValueError(f"dim is {dim}; it must be even and at least 4")
     half = dim // 2
     compute = torch.promote_types(dtype, torch.float32)
-    phase = t.to(compute)[:, None] * _frequencies(half, compute, t.device)
-    return torch.cat([phase.sin(), phase.cos()], dim=1).to(dtype)
+    return sinusoids(t.to(compute), _frequencies(half, compute, t.device)).to(dtype)
 
 
 def time_fraction(t: Tensor, T: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -181,8 +181,8 @@ def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: flo
     )
 
     with torch.no_grad():
-        if is_mlp and (op := penalty_op(x, weights, biases)):
-            value, flat = op(x.contiguous(), weights, biases, slopes.pop(), judged, center)
+        if is_mlp and (op := penalty_op(x, weights, biases, slope := slopes.pop())):
+            value, flat = op(x.contiguous(), weights, biases, slope, judged, center)
             products = split(flat, weights, False)
         else:
             value, products = _four_passes(net, x, judged, penalty)

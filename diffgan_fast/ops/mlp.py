@@ -4,8 +4,9 @@
 
 with f a ReLU (slope 0) or LeakyReLU and the term in brackets where `skip`. In plain torch such a net is dozens of tiny
 ops; the C++ form takes blocks of rows through all layers while they stay in a core's cache. There is one only for the
-CPU, where a torch whose BLAS can be called from C++ is needed; else the plain form runs. The gradient penalty has a
-Triton form too.
+CPU, where a torch whose BLAS can be called from C++ is needed; else the plain form runs. With AVX2 its float32 products
+are its own: weights become panels once a call, and what follows a product is applied while it is in the cache. The
+gradient penalty has a Triton form too.
 """
 
 from __future__ import annotations
@@ -62,10 +63,16 @@ def _regular(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[
     )
 
 
-def fused(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> bool:
-    """Whether the C++ form takes these: on the CPU, float32 or float64 throughout, hidden layers of one width."""
+def fused(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], slope: float
+) -> bool:
+    """Whether the C++ form takes these: on the CPU, float32 or float64 throughout, hidden layers of one width.
+
+    It keeps f(z) and not z: no slope may be below 0, so that both have one sign.
+    """
     return (
         _EXISTS
+        and slope >= 0
         and x.dtype in (torch.float32, torch.float64)
         and resolve(x.device.type) == "cpu"
         and _regular(x, weights, biases)
@@ -73,10 +80,10 @@ def fused(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[tor
 
 
 def penalty_op(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], slope: float
 ) -> Callable | None:
     """The op `mlp_penalty` that takes these, or None: C++ where `fused`; Triton, for float32, where CUDA C++ is too."""
-    if fused(x, weights, biases):
+    if fused(x, weights, biases, slope):
         return _RAW.mlp_penalty.default
     name = resolve(x.device.type)
     if name in ("triton", "cuda") and x.dtype == torch.float32 and _regular(x, weights, biases):
@@ -140,7 +147,7 @@ def mlp(
     Gradients: with respect to x, weights and biases, every order; forward mode too.
     """
     x = x.contiguous()
-    if not fused(x, weights, biases):
+    if not fused(x, weights, biases, slope):
         return _plain(x, weights, biases, slope, skip)
     if support.needs_autograd(x, *weights, *biases):
         return _MLP.apply(x, slope, skip, len(weights), *weights, *biases)

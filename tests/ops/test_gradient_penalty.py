@@ -402,7 +402,7 @@ def test_mlp_critics_in_float32_on_every_back_end(backend, hidden, layers, outpu
     want, expected = by_autograd(wide, between(real, fake).double(), center, more=more.double())
     critic, real, fake, more = (v.to(backend.device) for v in (critic, real, fake, more))
     linears = critic.main[::2]
-    op = penalty_op(critic.join(real, more), [m.weight for m in linears], [m.bias for m in linears])
+    op = penalty_op(critic.join(real, more), [m.weight for m in linears], [m.bias for m in linears], slope)
     if backend.name == "triton":
         assert op is torch.ops.diffgan_fast.mlp_penalty_triton.default
     got = gradient_penalty(critic, real, fake, KEY, center=center, mode="closed", more=more)

@@ -53,6 +53,26 @@ def test_the_fused_gradients_are_those_of_plain_torch(widths, skip):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
+@needs_fused
+@pytest.mark.parametrize(
+    "widths, skip", [((2, 256, 256, 1), False), ((100, 128, 128, 2), False), ((40, 72, 72, 72, 17), True)]
+)
+@pytest.mark.parametrize("n", [0, 1, 5, 133, 1100])  # 1100: more than a gradient adds up at a time
+def test_gradients_in_float32_are_those_of_plain_torch_in_float64(widths, skip, n):
+    weights, biases = parameters(widths, torch.float32)
+    leaves = [v.requires_grad_() for v in (torch.randn(n, widths[0]), *weights, *biases)]
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    k = len(weights)
+    out = mlp(leaves[0], leaves[1 : k + 1], leaves[k + 1 :], slope=0.2, skip=skip)
+    want = module._plain(wide[0], wide[1 : k + 1], wide[k + 1 :], 0.2, skip)
+    assert type(out.grad_fn).__name__ == "_MLPBackward"
+    weight = torch.randn_like(out)
+    pairs = zip(torch.autograd.grad(out, leaves, weight), torch.autograd.grad(want, wide, weight.double()), strict=True)
+    for got, expected in pairs:
+        scale = float(expected.abs().max()) if expected.numel() else 1.0
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * max(scale, 1e-3))
+
+
 def test_gradchecks():
     weights, biases = parameters((3, 5, 5, 2))
     x = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
@@ -110,7 +130,11 @@ def test_torch_func_forward_mode_and_compile_take_the_plain_form():
 def test_networks_that_the_fused_form_does_not_take_run_too():
     x = torch.randn(6, 3, dtype=torch.float64)
     weights, biases = parameters((3, 8, 4, 1))  # hidden layers of two widths
-    assert not module.fused(x, weights, biases)
+    assert not module.fused(x, weights, biases, 0.0)
     np.testing.assert_allclose(mlp(x, weights, biases).numpy(), in_numpy(x, weights, biases, 0, False), rtol=1e-12)
+    weights, biases = parameters((3, 8, 8, 1))
+    assert not module.fused(x, weights, biases, -0.5)  # whose f(z) does not tell the sign of z
+    got = mlp(x, weights, biases, slope=-0.5)
+    np.testing.assert_allclose(got.numpy(), in_numpy(x, weights, biases, -0.5, False), rtol=1e-12)
     half = [[v.bfloat16() for v in vs] for vs in parameters((3, 8, 8, 1))]
     assert mlp(x.bfloat16(), *half).dtype == torch.bfloat16
