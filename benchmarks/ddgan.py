@@ -234,7 +234,7 @@ def sampling_rows(options: Options, size: int, channels: int, batch: int) -> lis
     alike = abs(unet_macs / generator_macs - 1) <= 0.1
     status = "ok" if alike else f"RED: {unet_macs} and {generator_macs} MACs a call are not within 10 %"
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(2 if options.quick else 4):
+    for round_ in range(4 if size == 8 and not options.quick else 2):  # larger ones take minutes a round
         for name, call in calls.items():
             count += 1
             took = timed(lambda call=call, key=count: call(key), device)

@@ -144,13 +144,67 @@ def metrics_table(folder: Path) -> list[str]:
     return lines
 
 
+def steps_table(folder: Path) -> list[str]:
+    """Whole training steps: the reference procedure and ours. Nothing where they were not measured."""
+    if not (folder / "steps.json").exists():
+        return []
+    lines = ["| a training step, 2 threads | batch | reference, ms | ours, ms | networks alone, ms | ours is faster |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [row for row in json.loads((folder / "steps.json").read_text())["rows"] if "ms" in row]
+    for ours in (row for row in rows if row["provider"] == "ours"):
+        same = [row for row in rows if (row["case"], row["shape"]) == (ours["case"], ours["shape"])]
+        reference = next(row for row in same if row["provider"] == "reference")
+        times = " | ".join(f"{ms:.0f}" for ms in (reference["ms"], ours["ms"], ours["floor_ms"]))
+        lines.append(f"| {_case(ours)} | {times} | {reference['ms'] / ours['ms']:.2f}× |")
+    return lines
+
+
+def ddgan_table(folder: Path) -> list[str]:
+    """DDGAN's training iteration and sampling. Nothing where they were not measured."""
+    if not (folder / "ddgan.json").exists():
+        return []
+    lines = ["| Denoising Diffusion GAN, 2 threads | batch | arm | ms | images/s | operations say | is faster |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [row for row in json.loads((folder / "ddgan.json").read_text())["rows"] if "ms" in row]
+    for row in rows:
+        first = next(r for r in rows if (r["case"], r["shape"]) == (row["case"], row["shape"]))
+        ratios = f"{row['predicted']:.2f}× | {first['ms'] / row['ms']:.2f}×"
+        lines.append(f"| {_case(row)} | {row['provider']} | {row['ms']:.0f} | {row['images_per_s']:.1f} | {ratios} |")
+    return lines
+
+
+def instance_noise_table(folder: Path) -> list[str]:
+    """The noise of Diffusion-GAN. Nothing where it was not measured."""
+    if not (folder / "instance_noise.json").exists():
+        return []
+    lines = [
+        "| Diffusion-GAN's noise, 2 threads | the reference, ms | ours, ms | ours is faster |",
+        "|---|---|---|---|",
+    ]
+    rows = [row for row in json.loads((folder / "instance_noise.json").read_text())["rows"] if "ms" in row]
+    for ours in (row for row in rows if row["provider"] == "ours" and "over_reference" in row):
+        reference = ours["ms"] * ours["over_reference"]
+        about = f"{ours['case']} [{ours['shape']}]"
+        lines.append(f"| {about} | {reference:.2f} | {ours['ms']:.2f} | {ours['over_reference']:.1f}× |")
+    return lines
+
+
+def _case(row: dict) -> str:
+    """Two cells: the case with the images' shape, and the batch."""
+    batch, shape = row["shape"].split("x", 1)
+    return f"{row['case']} [{shape}] | {batch}"
+
+
 def section(folder: Path) -> str:
     """What stands between the marks."""
     meta = json.loads((folder / "noise.json").read_text())["meta"]
     about = (
         f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
     )
-    made = (ops_table, penalty_table, points_table, training_table, chain_tables, sampling_table, metrics_table)
+    made = (
+        ops_table, penalty_table, points_table, training_table, steps_table, chain_tables, sampling_table, ddgan_table,
+        instance_noise_table, metrics_table,
+    )  # fmt: skip
     tables = [table(folder) for table in made]
     return "\n".join([BEGIN, about, *(line for table in tables if table for line in ("", *table)), END])
 
