@@ -1,8 +1,8 @@
 """The 25 Gaussians of "Diffusion-GAN" again (Figure 5): a plain GAN and Diffusion-GAN, several seeds each.
 
-Both arms have the same networks (three layers of 128, LeakyReLU), the same budget, batches, learning rates and seeds; the
-critic of Diffusion-GAN is not told the noise level, so that it is the plain GAN's to the last weight. The paper names
-no other setting: those here were chosen by us, and are the same for both.
+Both arms have the same networks (three layers of 128, LeakyReLU), the same budget, batches, learning rates and seeds;
+the critic of Diffusion-GAN is not told the noise level, so that it is the plain GAN's to the last weight. The paper
+names no other setting: those here were chosen by us, and are the same for both.
 """
 
 from __future__ import annotations
