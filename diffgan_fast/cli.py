@@ -197,6 +197,8 @@ def evaluate(
     names = [name.strip() for given in metrics or () for name in given.split(",")] or None
     if n is not None and n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
+    if not what.exists():
+        raise ValueError(f"{what} does not exist: name a run, a folder or zip of images, or an .npz of samples")
     is_run = (what / "config.json").exists()
     if (how or best) and not is_run:
         raise ValueError(f"{', '.join(how or ['best'])} must not be given: {what} is no run to sample from")

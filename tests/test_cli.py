@@ -180,6 +180,7 @@ def test_evaluate_takes_what_others_store(capsys, tmp_path):
         "n must be at least 2, got 0"
         in run(capsys, "evaluate", str(tmp_path / "grey.npz"), *options, "--n", "0", code=2).err
     )
+    assert "absent does not exist: name a run" in run(capsys, "evaluate", "absent", *options, code=2).err
     np.savez(tmp_path / "unit.npz", samples=(grey / 255).float().numpy())
     unit = run(capsys, "evaluate", str(tmp_path / "unit.npz"), "--against", "digits", "--metrics", "kid")
     assert "images in [0, 1] must be scaled to [-1, 1] first" in unit.out and not unit.err

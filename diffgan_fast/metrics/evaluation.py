@@ -196,8 +196,6 @@ def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halve
 def _check(
     samples: Tensor, data: Data, held_out: Data | None, metrics, extractor, halves: int, max_reference: int | None
 ) -> None:
-    if not isinstance(data, Data):
-        raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
     if held_out is not None and held_out.shape != data.shape:
         theirs, ours = list(held_out.shape), list(data.shape)
         raise ValueError(f"held_out must hold samples {ours} as data {data.name!r} does, not {theirs}")
@@ -316,6 +314,8 @@ def evaluate(
         ValueError: an argument out of range, images without labels and no extractor, or "is" without logits.
         FileNotFoundError: the named extractor's weights are not there; the message says where to put them.
     """
+    if not isinstance(data, Data):
+        raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
     if metrics is None:
         metrics = usual(data)
     _check(samples, data, held_out, metrics, extractor, halves, max_reference)

@@ -69,7 +69,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Adds what another one has gathered, which stays as it is. Returns self."""
         if other._scatter is None:
-            for rows in other._rows:
+            for rows in tuple(other._rows):  # other may be self
                 self.update(rows)
         else:
             self._fold()

@@ -83,15 +83,20 @@ class _Collected(Streaming):
         """Adds features ``[n, d]`` of either kind. Returns self."""
         for name, kept, features in (("real", self._real, real), ("fake", self._fake, fake)):
             if features is not None:
-                d = checked(features, name, least=1).shape[1]
-                if kept and kept[0].shape[1] != d:
-                    raise ValueError(f"{name} must have {kept[0].shape[1]} columns as before, not {d}")
-                kept.append(torch.as_tensor(features).detach().clone())  # the caller may fill its buffer again
+                checked(features, name, least=1)
+                self._keep(name, kept, torch.as_tensor(features).detach().clone())  # its buffer may be filled again
         return self
 
+    @staticmethod
+    def _keep(name: str, kept: list[Tensor], features: Tensor) -> None:
+        if kept and kept[0].shape[1] != features.shape[1]:
+            raise ValueError(f"{name} must have {kept[0].shape[1]} columns as before, not {features.shape[1]}")
+        kept.append(features)
+
     def merge(self, other: Self) -> Self:
-        self._real += other._real
-        self._fake += other._fake
+        for name, kept, theirs in (("real", self._real, other._real), ("fake", self._fake, other._fake)):
+            for features in tuple(theirs):  # other may be self
+                self._keep(name, kept, features)
         return self
 
     def compute(self) -> Any:

@@ -112,5 +112,5 @@ def recognisable_digits(evaluation: Mapping) -> str | None:
     met = certain >= 0.9 and share >= 0.03 and fid <= 3 * floor
     return (
         f"Recognisable digits: {'met' if met else 'missed'}. Mean top probability {certain:.3f} (bar 0.9), rarest "
-        f"digit {share:.1%} (bar 3 %), FID {fid / floor:.1f} times its floor (bar 3)."
+        f"digit {share:.1%} (bar 3 %), {evaluation['labels']['fid']} {fid / floor:.1f} times its floor (bar 3)."
     )

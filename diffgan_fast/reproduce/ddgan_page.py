@@ -69,10 +69,11 @@ def speedups(results: Results) -> list[str]:
                 [statistics.mean(outcome[key] for outcome in results[name]) for name in (many, few)]
                 for key in ("sample_seconds", "fid")
             )
+            label = results[few][0]["labels"]["fid"]
             work = [results[name][0]["nfe"] * results[name][0]["macs"] for name in (many, few)]
             said.append(
                 f"{few} samples {seconds[0] / seconds[1]:.1f} times as fast as {many} "
-                f"({work[0] / work[1]:.1f} by counted passes); FID {fids[1]:.3f} against {fids[0]:.3f}."
+                f"({work[0] / work[1]:.1f} by counted passes); {label} {fids[1]:.3f} against {fids[0]:.3f}."
             )
     return said
 

@@ -329,6 +329,7 @@ def test_mnist_noise_order(real_data):
 @pytest.mark.parametrize(
     "samples, data, kw, message",
     [
+        (REAL, "digits", {}, r"data must be a data set \(see data.load\), not str"),
         (REAL, TRAIN, {"metrics": ["fidelity"]}, "metrics must be among fid, .*, coverage, not 'fidelity'"),
         (REAL[:, :, 1:], TRAIN, {}, r"samples must be \[n >= 2, 1, 8, 8\] .* not \[360, 1, 7, 8\]"),
         (REAL[:1], TRAIN, {}, "n >= 2"),

@@ -107,6 +107,24 @@ def test_what_is_fed_is_checked_at_once():
         KID().update(REAL[:, :3], FAKE[:, :3]).update(fake=FAKE[:, :2])
 
 
+@pytest.mark.parametrize("make", [KID, KnnKL, FID])
+def test_merged_features_must_have_as_many_columns(make):
+    with pytest.raises(ValueError, match="must have 12 columns as before, not 3"):
+        make().update(REAL, FAKE).merge(make().update(REAL[:, :3], FAKE[:, :3]))
+
+
+@pytest.mark.parametrize("n", [4, 9, 30])
+def test_merging_with_itself_counts_every_sample_twice(n):
+    """Of FID before and after rows become a covariance: above 12, and at 2 x 9."""
+    real, fake = REAL[:n], FAKE[:n]
+    fid = FID().update(real, fake)
+    fid.merge(fid)
+    assert fid.real.n == fid.fake.n == 2 * n
+    assert fid.compute() == pytest.approx(metrics.fid(np.tile(real, (2, 1)), np.tile(fake, (2, 1))), rel=1e-6)
+    kid = KID().update(real, fake)
+    assert kid.merge(kid).compute() == pytest.approx(metrics.kid(np.tile(real, (2, 1)), np.tile(fake, (2, 1))))
+
+
 GATHERED = """
 import sys
 import numpy as np
