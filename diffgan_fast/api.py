@@ -245,8 +245,8 @@ def _with_largest_batch(start: Start, folder: Path, seed: int) -> Method:
 def _selection(start: Start) -> Selection:
     """Judge of the best checkpoint: by the test split, or by the data themselves if they have none."""
     data = data_sets.load(start.source, size=start.size)  # not the subset: the classifier is that of `Run.evaluate`
-    test = data_sets.load_test(start.source, size=start.size)
-    return Selection(start.method.config, data, data if test is None else test)
+    data, test = data.to(start.device), data_sets.load_test(start.source, size=start.size)
+    return Selection(start.method.config, data, data if test is None else test.to(start.device))
 
 
 def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:

@@ -178,9 +178,11 @@ class Run:
         started = time.perf_counter()
         samples = self.sample(n, seed, progress=True, **how)
         seconds = time.perf_counter() - started
-        held_out = data_sets.load_test(self._data, size=self._size)
+        device = next(p for net in self.state.nets.values() for p in net.parameters()).device
+        reference, held_out = self.reference().to(device), data_sets.load_test(self._data, size=self._size)
+        held_out = None if held_out is None else held_out.to(device)
         given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
-        result = measures.evaluate(samples, self.reference(), held_out=held_out, **given)
+        result = measures.evaluate(samples, reference, held_out=held_out, **given)
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
             loss = self.method.evaluation_loss(self.state, held_out.values, key)

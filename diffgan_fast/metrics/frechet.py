@@ -184,7 +184,7 @@ def fid_from_statistics(mu1, cov1, mu2, cov2) -> float:
         The distance, in squared units of the features.
 
     Raises:
-        ValueError: shapes that do not fit, or values that are not finite.
+        ValueError: shapes that do not fit, values that are not finite, or no covariance.
     """
     given = {"mu1": mu1, "cov1": cov1, "mu2": mu2, "cov2": cov2}
     m1, c1, m2, c2 = (_numpy(float64(value)) for value in given.values())
@@ -192,6 +192,12 @@ def fid_from_statistics(mu1, cov1, mu2, cov2) -> float:
     for (name, _), value, shape in zip(given.items(), (m1, c1, m2, c2), ((d,), (d, d)) * 2, strict=True):
         if value.shape != shape or not np.isfinite(value).all():
             raise ValueError(f"{name} must be finite and {list(shape)}, not {list(value.shape)}")
+    for name, covariance in (("cov1", c1), ("cov2", c2)):
+        if (
+            np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max()
+            or np.diagonal(covariance).min() < 0
+        ):
+            raise ValueError(f"{name} must be a covariance: symmetric, with no variance below 0")
     return float(np.square(m1 - m2).sum() + np.trace(c1) + np.trace(c2) - 2 * _trace_of_root(c1, c2))
 
 

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 class Streaming(ABC):
     """What all of them share: ``update`` with a batch, ``compute`` at any time, ``merge`` with what others gathered."""
 
-    @abstractmethod
     def merge(self, other: Self) -> Self:
-        """Adds what another object of the same kind has gathered, which stays as it is. Returns self."""
+        """Adds what another object of the same kind and options has gathered, which stays as it is. Returns self."""
+        if type(other) is not type(self):
+            raise ValueError(f"other must be a {type(self).__name__}, not a {type(other).__name__}")
+        self._merge(other)
+        return self
+
+    @abstractmethod
+    def _merge(self, other: Self) -> None: ...
 
     @abstractmethod
     def compute(self) -> Any:
@@ -62,10 +68,9 @@ class FID(Streaming):
                 moments.update(features)
         return self
 
-    def merge(self, other: Self) -> Self:
+    def _merge(self, other: Self) -> None:
         self.real.merge(other.real)
         self.fake.merge(other.fake)
-        return self
 
     def compute(self) -> float:
         return fid(self.real, self.fake)
@@ -93,11 +98,10 @@ class _Collected(Streaming):
             raise ValueError(f"{name} must have {kept[0].shape[1]} columns as before, not {features.shape[1]}")
         kept.append(features)
 
-    def merge(self, other: Self) -> Self:
+    def _merge(self, other: Self) -> None:
         for name, kept, theirs in (("real", self._real, other._real), ("fake", self._fake, other._fake)):
             for features in tuple(theirs):  # other may be self
                 self._keep(name, kept, features)
-        return self
 
     def compute(self) -> Any:
         if not self._real or not self._fake:
@@ -137,20 +141,21 @@ class _Summed(Streaming):
     @abstractmethod
     def _sums_of(self, fake) -> tuple[Tensor, ...]: ...
 
-    def _add(self, sums: tuple[Tensor, ...]) -> Self:
+    def _add(self, sums: tuple[Tensor, ...]) -> None:
         if self._sums is not None:
             if sums[0].shape != self._sums[0].shape:
                 raise ValueError(f"fake must have {len(self._sums[0])} classes as before, not {len(sums[0])}")
             sums = tuple(a + b.to(a.device) for a, b in zip(self._sums, sums, strict=True))
         self._sums = sums
-        return self
 
     def update(self, fake) -> Self:
         """Adds a batch of samples, as the function of this metric takes them. Returns self."""
-        return self._add(self._sums_of(fake))
+        self._add(self._sums_of(fake))
+        return self
 
-    def merge(self, other: Self) -> Self:
-        return self if other._sums is None else self._add(other._sums)
+    def _merge(self, other: Self) -> None:
+        if other._sums is not None:
+            self._add(other._sums)
 
     def _known(self) -> tuple[Tensor, ...]:
         if self._sums is None:

@@ -423,3 +423,18 @@ def test_bad_devices_are_named(tmp_path):
     for device in ("tpu9", "cuda:99"):
         with pytest.raises(ValueError, match="device"):
             train("ddpm", tmp_path / "x", device=device)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_measured_there(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(samples, data, **options):
+        seen.append((data.values.device.type, options["held_out"].values.device.type))
+        return real(samples, data, **options)
+
+    real = dgf.metrics.evaluate
+    monkeypatch.setattr("diffgan_fast.run.measures.evaluate", noted)
+    run = dgf.train("ddpm", "digits", tmp_path / "x", T=4, width=8, steps=1, device="cuda", progress=False)
+    run.evaluate(20, metrics=["kid"])
+    assert seen == [("cuda", "cuda")]

@@ -165,6 +165,8 @@ X = features(10, 3, 0)
         (lambda: Moments(X * np.nan), "features must be finite"),
         (lambda: Moments.from_statistics(X[0], np.eye(2), 9), r"covariance must be finite and \[3, 3\]"),
         (lambda: Moments.from_statistics(X[0], np.eye(3), 1), "n must be at least 2, not 1"),
+        (lambda: fid_from_statistics(X[0], -np.eye(3), X[0], np.eye(3)), "cov1 must be a covariance"),
+        (lambda: fid_from_statistics(X[0], np.eye(3), X[0], np.eye(3) + np.eye(3, k=1)), "cov2 must be a covariance"),
         (lambda: fid_from_statistics(X[0], np.eye(3), X[0], np.eye(2)), r"cov2 must be finite and \[3, 3\]"),
     ],
 )

@@ -161,3 +161,5 @@ def test_what_is_missing_is_named():
         InceptionScore().update(FAKE).update(FAKE[:, :3])
     with pytest.raises(ValueError, match="real must be .* n >= 2"):
         KID().update(REAL[:1], FAKE).compute()
+    with pytest.raises(ValueError, match="other must be a KID, not a KnnKL"):
+        KID().merge(KnnKL())
