@@ -100,8 +100,8 @@ def modes_table(results: Results) -> tuple[list[dict[str, Any]], dict[str, Any]]
     ]
     real = next(iter(results.values()))[0]
     rows.append(
-        {"arm": "real data", "worst": real["modes_real"], "share": f"{100 * real['high_quality_real']:.1f}"}
-        | {"each": str(real["modes_real"]), "worst_share": f"{real['high_quality_real']:.1%}"}
+        {"arm": "real data", "worst": int(real["modes_real"]), "share": f"{100 * real['high_quality_real']:.1f}"}
+        | {"each": str(int(real["modes_real"])), "worst_share": f"{real['high_quality_real']:.1%}"}
     )
     columns = {
         "arm": "method",
