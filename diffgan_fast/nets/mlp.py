@@ -161,6 +161,9 @@ class MLPCritic(Critic):
         self.dim, self.slope, self.features = dim, slope, hidden
         self.main = _stack(self.joined(dim), hidden, layers, 1, slope)
 
+    def check(self, x: Tensor) -> None:
+        _check_points(x, self.dim)
+
     @is_main_of_join
     def forward(
         self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
@@ -179,7 +182,6 @@ class MLPCritic(Critic):
         Raises:
             ValueError: `x` has another shape, or what `inputs` names is missing.
         """
-        _check_points(x, self.dim)
         return mlp(self.join(x, t, x_t, level), *_parameters(self.main), slope=self.slope).flatten()
 
 
