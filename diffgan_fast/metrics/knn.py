@@ -28,7 +28,7 @@ class RealPoints:
     def kl(self, fake: np.ndarray) -> float:
         """What :func:`knn_kl` gives for float64 ``[m, d]``."""
         (n, d), m, k = self.real.shape, len(fake), self.k
-        if not 1 <= k <= min(n - 1, m):
+        if k not in range(1, min(n - 1, m) + 1):
             raise ValueError(f"k must be 1..{min(n - 1, m)} for {n} real and {m} fake points, not {k}")
         if not np.isfinite(self.own_distance):
             raise ValueError(

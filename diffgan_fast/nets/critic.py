@@ -45,10 +45,14 @@ class Critic(nn.Module):
         """The channels that `main` sees where x has `channels`."""
         return channels * (1 + ("x_t" in self.inputs)) + ("t" in self.inputs) + ("level" in self.inputs)
 
+    def check(self, x: Tensor) -> None:
+        """ValueError where the critic is not made for the shape of `x`; of a subclass without its own, never."""
+
     def join(
         self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
     ) -> Tensor:
         """What `main` sees: `x` and whatever else `inputs` names, concatenated along the channels."""
+        self.check(x)  # here, for the closed form of the gradient penalty calls this and not `forward`
         for name, given in (("t", t), ("x_t", x_t), ("level", level)):
             if name in self.inputs and given is None:
                 raise ValueError(f"{name} is None; it must be given to a critic with inputs={self.inputs}")

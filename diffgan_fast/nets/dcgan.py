@@ -82,6 +82,9 @@ class DCGANCritic(Critic):
         if init == "dcgan":
             init_dcgan(self)
 
+    def check(self, x: Tensor) -> None:
+        check_images(x, self.channels, self.size)
+
     @is_main_of_join
     def forward(
         self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
@@ -100,7 +103,6 @@ class DCGANCritic(Critic):
         Raises:
             ValueError: `x` has another shape, or what `inputs` names is missing.
         """
-        check_images(x, self.channels, self.size)
         return self.main(self.join(x, t, x_t, level)).flatten()
 
 

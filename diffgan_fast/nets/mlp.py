@@ -63,18 +63,20 @@ class MLPDenoiser(nn.Module):
             [N, dim].
 
         Raises:
-            ValueError: `x` has another shape.
+            ValueError: `x` or `t` has another shape.
         """
         _check_points(x, self.dim)
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t is {list(t.shape)}; it must be [{len(x)}], a time for every point")
         weights, biases = _parameters(self.layers)
-        coordinates = SCALE * x
+        coordinates = SCALE * x.to(torch.promote_types(x.dtype, torch.float32))  # half the bits hold no t above 256
         if len(x) > 1 and t.stride(0) == 0:  # the time adds the same to every row of the first layer
             told = sinusoidal(t[:1] - 1, EMBEDDING, x.dtype)
             first, time = weights[0].split([self.dim * EMBEDDING, EMBEDDING], 1)
             weights[0], biases[0] = first.contiguous(), torch.addmv(biases[0], time, told[0])
         else:
-            coordinates = torch.cat((coordinates, (t - 1)[:, None].to(x.dtype)), 1)
-        features = sinusoidal(coordinates.flatten(), EMBEDDING, x.dtype).view(len(x), -1)
+            coordinates = torch.cat((coordinates, (t - 1)[:, None].to(coordinates.dtype)), 1)
+        features = sinusoidal(coordinates.flatten(), EMBEDDING, x.dtype).view(len(x), weights[0].shape[1])
         return mlp(features, weights, biases, skip=True)
 
 
@@ -159,6 +161,9 @@ class MLPCritic(Critic):
         self.dim, self.slope, self.features = dim, slope, hidden
         self.main = _stack(self.joined(dim), hidden, layers, 1, slope)
 
+    def check(self, x: Tensor) -> None:
+        _check_points(x, self.dim)
+
     @is_main_of_join
     def forward(
         self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
@@ -177,7 +182,6 @@ class MLPCritic(Critic):
         Raises:
             ValueError: `x` has another shape, or what `inputs` names is missing.
         """
-        _check_points(x, self.dim)
         return mlp(self.join(x, t, x_t, level), *_parameters(self.main), slope=self.slope).flatten()
 
 

@@ -100,12 +100,14 @@ class SNGANCritic(Critic):
             spectral_norm(last),
         )
 
+    def check(self, x: Tensor) -> None:
+        check_images(x, self.channels, self.size)
+
     @is_main_of_join
     def forward(
         self, x: Tensor, t: Tensor | None = None, x_t: Tensor | None = None, level: Tensor | None = None
     ) -> Tensor:
         """The logits [N] of x [N, channels, size, size]; the rest and the errors as for `DCGANCritic`."""
-        check_images(x, self.channels, self.size)
         return self.main(self.join(x, t, x_t, level)).flatten()
 
 

@@ -78,6 +78,7 @@ X = normal(20, 2, 0)
         (lambda: knn_kl(X, normal(20, 3, 0)), "fake must have 2 features as real has, not 3"),
         (lambda: knn_kl(X, X * np.nan), "fake must be finite"),
         (lambda: knn_kl(X, X, 0), r"k must be 1..19 for 20 real and 20 fake points, not 0"),
+        (lambda: knn_kl(X, X + 1, 2.5), r"k must be 1..19 .* not 2.5"),
         (lambda: knn_kl(X, X[:4] + 1), r"k must be 1..4 .* not 5"),
         (lambda: knn_kl(X[:5], X + 1), r"k must be 1..4 .* not 5"),
         (lambda: knn_kl(np.repeat(X, 6, 0), X + 1), "real holds a point more than k = 5 times: drop its copies"),

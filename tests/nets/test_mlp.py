@@ -34,6 +34,19 @@ def test_one_time_for_all_is_embedded_once_and_gives_the_same():
     torch.testing.assert_close(net(x, t.expand(70)), net(x, t.repeat(70)), rtol=1e-12, atol=1e-12)
 
 
+def test_times_beyond_256_in_half_the_bits():
+    """bfloat16 has eight bits: t itself must not be rounded to it."""
+    net, x = nets.MLPDenoiser(hidden=32), torch.randn(6, 2).bfloat16()
+    t = torch.tensor([300, 301, 500, 777, 998, 999])
+    want = net(x.float(), t)
+    torch.testing.assert_close(net.bfloat16()(x, t).float(), want, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("t", [torch.ones(0, dtype=torch.int64), torch.ones(1, dtype=torch.int64).expand(0)])
+def test_no_points_are_denoised_to_none(t):
+    assert nets.MLPDenoiser(hidden=8)(torch.randn(0, 2), t).shape == (0, 2)
+
+
 @pytest.mark.parametrize("inputs", [("x",), ("x", "t"), ("x", "x_t"), ("x", "x_t", "t")])
 def test_the_critic_is_its_main_after_join(inputs):
     critic = nets.MLPCritic(3, 16, 2, inputs=inputs, T=10)
@@ -52,6 +65,8 @@ def test_bad_arguments_are_named():
         (lambda: nets.MLPCritic(inputs=("t",)), "inputs is"),
         (lambda: nets.MLPCritic(inputs=("x", "t")), "T is None"),
         (lambda: nets.MLPDenoiser()(torch.randn(4, 3), torch.ones(4, dtype=torch.int64)), r"x is \[4, 3\]"),
+        (lambda: nets.MLPDenoiser()(torch.randn(4, 2), torch.tensor(3)), r"t is \[\]; it must be \[4\]"),
+        (lambda: nets.MLPDenoiser()(torch.randn(4, 2), torch.tensor([3]).expand(3)), r"t is \[3\]; it must be \[4\]"),
         (lambda: nets.MLPCritic()(torch.randn(4, 3)), r"x is \[4, 3\]"),
         (lambda: nets.MLPCritic(inputs=("x", "x_t"))(torch.randn(4, 2)), "x_t is None"),
     ]

@@ -321,6 +321,14 @@ def test_bad_arguments_are_named():
             call()
 
 
+@pytest.mark.parametrize("mode", ["auto", "double", "closed", "forward"])
+def test_data_that_a_critic_is_not_made_for_are_named_in_every_mode(mode):
+    points, images = torch.randn(3, 3), torch.randn(3, 3, 16, 16)
+    for critic, x in ((nets.MLPCritic(2, 8), points), (nets.DCGANCritic(3, 8, width=4, norm=None), images)):
+        with pytest.raises(ValueError, match=r"x is \[3, 3.*\]; it must be"):
+            gradient_penalty(critic, x, x, KEY, mode=mode)
+
+
 @pytest.mark.parametrize("mode", ["double", "closed", "auto"])
 def test_works_inside_torch_compile(mode):
     critic, real, fake = make("several outputs", torch.float64)
