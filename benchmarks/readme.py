@@ -95,9 +95,8 @@ def penalty_table(folder: Path) -> list[str]:
 
 def chain_tables(folder: Path) -> list[str]:
     """The denoising chain: memory, then time. Nothing where it was not measured."""
-    if not (folder / "chain.json").exists():
+    if not (rows := _rows(folder, "chain")):
         return []
-    rows = json.loads((folder / "chain.json").read_text())["rows"]
     memory = ["| a training step of method 2, student network | batch | `recompute` | MiB | expected |",
               "|---|---|---|---|---|"]  # fmt: skip
     time = ["| the same step | batch | `recompute` | s | images/s | plain autograd is 1 |",
@@ -114,11 +113,11 @@ def chain_tables(folder: Path) -> list[str]:
 
 def sampling_table(folder: Path) -> list[str]:
     """Sampling: the reference's loop, diffusers' and ours. Nothing where it was not measured."""
-    if not (folder / "sampling.json").exists():
+    if not (rows := _rows(folder, "sampling")):
         return []
     lines = ["| 64 images, 28 px, 300 steps, student network | threads | images/s | ms a step | network alone, ms |",
              "|---|---|---|---|---|"]  # fmt: skip
-    for row in json.loads((folder / "sampling.json").read_text())["rows"]:
+    for row in rows:
         speed, times = f"{row['images_per_s']:.2f}", f"{row['ms']:.0f} | {row['floor_ms']:.0f}"
         lines.append(f"| {row['provider']} | {row['threads']} | {speed} | {times} |")
     return lines
@@ -126,11 +125,10 @@ def sampling_table(folder: Path) -> list[str]:
 
 def metrics_table(folder: Path) -> list[str]:
     """Metrics: the fastest of the libraries' procedures and ours. Nothing where it was not measured."""
-    if not (folder / "metrics.json").exists():
+    if not (rows := _rows(folder, "metrics")):
         return []
     lines = ["| metric, from features | size | threads | fastest library, s | ours, s | faster | MiB | ours, MiB |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    rows = json.loads((folder / "metrics.json").read_text())["rows"]
     for ours in (row for row in rows if row["provider"] == "dgf-metrics" and "ms" in row):
         same = ("case", "shape", "threads")
         peers = [r for r in rows if r is not ours and "ms" in r and all(r[c] == ours[c] for c in same)]
@@ -146,11 +144,11 @@ def metrics_table(folder: Path) -> list[str]:
 
 def steps_table(folder: Path) -> list[str]:
     """Whole training steps: the reference procedure and ours. Nothing where they were not measured."""
-    if not (folder / "steps.json").exists():
+    if not (rows := _rows(folder, "steps")):
         return []
     lines = ["| a training step, 2 threads | batch | reference, ms | ours, ms | networks alone, ms | ours is faster |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    rows = [row for row in json.loads((folder / "steps.json").read_text())["rows"] if "ms" in row]
+    rows = [row for row in rows if "ms" in row]
     for ours in (row for row in rows if row["provider"] == "ours"):
         same = [row for row in rows if (row["case"], row["shape"]) == (ours["case"], ours["shape"])]
         reference = next(row for row in same if row["provider"] == "reference")
@@ -161,11 +159,11 @@ def steps_table(folder: Path) -> list[str]:
 
 def ddgan_table(folder: Path) -> list[str]:
     """DDGAN's training iteration and sampling. Nothing where they were not measured."""
-    if not (folder / "ddgan.json").exists():
+    if not (rows := _rows(folder, "ddgan")):
         return []
     lines = ["| Denoising Diffusion GAN, 2 threads | batch | arm | ms | images/s | operations say | is faster |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    rows = [row for row in json.loads((folder / "ddgan.json").read_text())["rows"] if "ms" in row]
+    rows = [row for row in rows if "ms" in row]
     for row in rows:
         first = next(r for r in rows if (r["case"], r["shape"]) == (row["case"], row["shape"]))
         ratios = f"{row['predicted']:.2f}× | {first['ms'] / row['ms']:.2f}×"
@@ -175,18 +173,24 @@ def ddgan_table(folder: Path) -> list[str]:
 
 def instance_noise_table(folder: Path) -> list[str]:
     """The noise of Diffusion-GAN. Nothing where it was not measured."""
-    if not (folder / "instance_noise.json").exists():
+    if not (rows := _rows(folder, "instance_noise")):
         return []
     lines = [
         "| Diffusion-GAN's noise, 2 threads | the reference, ms | ours, ms | ours is faster |",
         "|---|---|---|---|",
     ]
-    rows = [row for row in json.loads((folder / "instance_noise.json").read_text())["rows"] if "ms" in row]
+    rows = [row for row in rows if "ms" in row]
     for ours in (row for row in rows if row["provider"] == "ours" and "over_reference" in row):
         reference = ours["ms"] * ours["over_reference"]
         about = f"{ours['case']} [{ours['shape']}]"
         lines.append(f"| {about} | {reference:.2f} | {ours['ms']:.2f} | {ours['over_reference']:.1f}× |")
     return lines
+
+
+def _rows(folder: Path, benchmark: str) -> list[dict]:
+    """The saved rows of a benchmark; none if it was not run."""
+    path = folder / f"{benchmark}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def _case(row: dict) -> str:
