@@ -182,6 +182,13 @@ DGF_HD void philox_block(uint64_t block, uint32_t stream, uint64_t key, uint32_t
   philox4x32<Scalar>(w, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
+// A new key from a key and a word of data. Bit 63 is clear, as in all keys.
+DGF_HD int64_t fold_in(uint64_t key, uint64_t word) {
+  uint32_t w[4] = {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32), 0xf01du, 1u};
+  philox4x32<Scalar>(w, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
+  return static_cast<int64_t>((w[0] | static_cast<uint64_t>(w[1]) << 32) & ~(1ull << 63));
+}
+
 // The same pair in double precision, as the formula reads.
 inline void box_muller_double(uint32_t w0, uint32_t w1, double& c, double& s) {
   const double r = std::sqrt(-2.0 * std::log((static_cast<double>(w0 >> 9) + 0.5) * 0x1p-23));

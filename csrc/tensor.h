@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "grid.h"
+#include "philox.h"
 
 namespace dgf {
 
@@ -114,6 +115,32 @@ inline void set_rows(Grid& g, const Tensor& x, const Tensor& rows, int64_t colum
     STD_TORCH_CHECK(groups > 0 ? g.n % groups == 0 : g.n == 0, "diffgan_fast: t does not divide x into equal parts");
     g.inner = groups > 0 && g.n > 0 ? g.n / groups : 1;
   }
+}
+
+// Keys and words of `fold_in`: each an int64 tensor, or the number beside it where there is none.
+struct Folding {
+  const int64_t* keys = nullptr;
+  const int64_t* words = nullptr;
+  int64_t key, word;
+
+  DGF_HD int64_t at(int64_t i) const {
+    return fold_in(static_cast<uint64_t>(keys ? keys[i] : key), static_cast<uint64_t>(words ? words[i] : word));
+  }
+};
+
+inline Folding make_folding(int64_t key, const MaybeTensor& key_t, int64_t word, const MaybeTensor& word_t) {
+  for (const MaybeTensor& v : {key_t, word_t})
+    STD_TORCH_CHECK(!v || (v->scalar_type() == ScalarType::Long && v->is_contiguous()),
+                    "diffgan_fast: keys and data are int64 and contiguous");
+  STD_TORCH_CHECK(key_t || word_t, "diffgan_fast: expected a key or data on the device");
+  STD_TORCH_CHECK(!key_t || !word_t || (key_t->numel() == word_t->numel() && same_device(*key_t, *word_t)),
+                  "diffgan_fast: as many keys as data, on one device");
+  Folding f;
+  if (key_t) f.keys = static_cast<const int64_t*>(key_t->data_ptr());
+  if (word_t) f.words = static_cast<const int64_t*>(word_t->data_ptr());
+  f.key = key;
+  f.word = word;
+  return f;
 }
 
 // The data of a tensor that must match x in shape, type and layout; null where it is absent.

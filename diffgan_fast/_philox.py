@@ -31,17 +31,10 @@ def block(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def fold_tensors(key: int | torch.Tensor, words: Sequence[int | torch.Tensor]) -> torch.Tensor:
-    """`random.fold_in` on the device: int64 keys of the broadcast shape.
-
-    Ints stay ints: a tensor made from one would be a copy from the host, which no graph can capture.
-    """
-    k: int | torch.Tensor = key
-    for word in words:
-        w0, w1, _, _ = block(word & _MASK, (word >> 32) & _MASK, 0xF01D, 1, k & _MASK, (k >> 32) & _MASK)
-        k = (w0 | (w1 << 32)) & (2**63 - 1)
-    assert isinstance(k, torch.Tensor)
-    return k
+def fold_in(key, word):
+    """The key of a key and a word of data: ints, or int64 tensors, which broadcast."""
+    w0, w1, _, _ = block(word & _MASK, (word >> 32) & _MASK, 0xF01D, 1, key & _MASK, (key >> 32) & _MASK)
+    return (w0 | (w1 << 32)) & (2**63 - 1)
 
 
 def words(n: int, key: int, key_t: torch.Tensor | None, stream: int, first: int, device) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from diffgan_fast import _philox
 from diffgan_fast.ops.random import Draw, fill_
+from diffgan_fast.ops.random import fold_in as fold_tensors
 from diffgan_fast.ops.support import KEY_MASK, check_key, key_arguments
 
 Key = int | torch.Tensor
@@ -52,14 +53,16 @@ def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key:
     Returns:
         An int in [0, 2^63), or an int64 tensor of such.
     """
-    words = [_data_word(d) for d in data]
-    ints = [w for w in words if not isinstance(w, torch.Tensor)]
-    if isinstance(key, torch.Tensor) or len(ints) < len(words):
-        return _philox.fold_tensors(key, words)
-    check_key(key)
-    for word in ints:
-        w = _philox.block_ints((word & 0xFFFFFFFF, word >> 32, 0xF01D, 1), (key & 0xFFFFFFFF, key >> 32))
-        key = (w[0] | w[1] << 32) & KEY_MASK
+    if not isinstance(key, torch.Tensor):
+        check_key(key)
+    elif key.dtype != torch.int64:
+        raise ValueError(f"key must be an int in [0, 2**63) or an int64 tensor, got a tensor of {key.dtype}")
+    for word in map(_data_word, data):
+        if isinstance(key, torch.Tensor) or isinstance(word, torch.Tensor):
+            key = fold_tensors(key, word)
+        else:
+            w = _philox.block_ints((word & 0xFFFFFFFF, word >> 32, 0xF01D, 1), (key & 0xFFFFFFFF, key >> 32))
+            key = (w[0] | w[1] << 32) & KEY_MASK
     return key
 
 

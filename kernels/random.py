@@ -136,6 +136,18 @@ def _random(
     core.store(out + at, v, valid)
 
 
+@triton.jit(do_not_specialize=["key", "word", "n"])
+def _fold_in(keys, key: tl.int64, data, word: tl.int64, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < n
+    k = tl.full([BLOCK], 0, tl.int64) + key if keys is None else tl.load(keys + i, mask=valid, other=0)
+    w = tl.full([BLOCK], 0, tl.int64) + word if data is None else tl.load(data + i, mask=valid, other=0)
+    c2, c3 = tl.full([BLOCK], 0xF01D, tl.uint32), tl.full([BLOCK], 1, tl.uint32)
+    w0, w1, _, _ = rounds(w, w >> 32, c2, c3, k, k >> 32)
+    folded = (w0.to(tl.int64) | w1.to(tl.int64) << 32) & 0x7FFFFFFFFFFFFFFF
+    tl.store(out + i, folded, mask=valid)
+
+
 @triton.jit
 def _philox4x32(counter, keys, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -166,6 +178,16 @@ def random_(
         raise ValueError(f"words and integers are int64, got {out.dtype}")
     noise = core.noise_arguments(out, key, key_t, first)
     core.launch(_random, out.device, core.programs(noise), out=out, high=high, STREAM=stream, DRAW=draw, **noise)
+
+
+def fold_in(key: int, key_t: torch.Tensor | None, word: int, word_t: torch.Tensor | None) -> torch.Tensor:
+    """New keys, one for each of `key_t` and `word_t`, which have one shape; a number stands for whichever is None."""
+    like = word_t if key_t is None else key_t
+    assert like is not None
+    out = torch.empty_like(like)
+    n = out.numel()
+    core.launch(_fold_in, out.device, triton.cdiv(n, core.BLOCK), key_t, key, word_t, word, out, n)
+    return out
 
 
 def philox4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,14 @@ Tensor philox4x32_rows(Tensor counter, Tensor key) {
   return out;
 }
 
+Tensor fold_each(int64_t key, MaybeTensor key_t, int64_t word, MaybeTensor word_t) {
+  const Folding f = make_folding(key, key_t, word, word_t);
+  Tensor out = uninitialized_like(key_t ? *key_t : *word_t);
+  auto* o = static_cast<int64_t*>(out.data_ptr());
+  for (int64_t i = 0; i < out.numel(); ++i) o[i] = f.at(i);
+  return out;
+}
+
 std::string cpu_instruction_set() { return instruction_set(); }
 
 }  // namespace
@@ -73,6 +81,7 @@ const char* instruction_set() { return choice().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CPU, m) {
   m.impl("random_", TORCH_BOX(&dgf::random_));
+  m.impl("fold_in", TORCH_BOX(&dgf::fold_each));
   m.impl("philox4x32", TORCH_BOX(&dgf::philox4x32_rows));
 }
 STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CompositeExplicitAutograd, m) {

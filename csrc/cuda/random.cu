@@ -110,10 +110,27 @@ Tensor philox4x32_rows(Tensor counter, Tensor key) {
   return out;
 }
 
+__global__ void __launch_bounds__(kThreads) fold_rows(Folding f, int64_t* out, int64_t n) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) out[i] = f.at(i);
+}
+
+Tensor fold_each(int64_t key, MaybeTensor key_t, int64_t word, MaybeTensor word_t) {
+  const Folding f = make_folding(key, key_t, word, word_t);
+  Tensor out = uninitialized_like(key_t ? *key_t : *word_t);
+  const int64_t n = out.numel();
+  if (n == 0) return out;
+  const OnDevice on(out);
+  fold_rows<<<block_count(n, kThreads), kThreads, 0, on.stream()>>>(f, static_cast<int64_t*>(out.data_ptr()), n);
+  DGF_CUDA_CHECK(cudaGetLastError());
+  return out;
+}
+
 }  // namespace
 }  // namespace dgf
 
 STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CUDA, m) {
   m.impl("random_", TORCH_BOX(&dgf::random_));
+  m.impl("fold_in", TORCH_BOX(&dgf::fold_each));
   m.impl("philox4x32", TORCH_BOX(&dgf::philox4x32_rows));
 }

@@ -52,6 +52,33 @@ def fill_(out: torch.Tensor, draw: Draw, key: int, key_t: torch.Tensor | None, s
     return out
 
 
+def _fold_reference(key, key_t, word, word_t) -> torch.Tensor:
+    return _philox.fold_in(key if key_t is None else key_t, word if word_t is None else word_t)
+
+
+def _fold_fake(key, key_t, word, word_t) -> torch.Tensor:
+    return torch.empty_like(word_t if key_t is None else key_t)
+
+
+_FOLD_IN = Op(
+    "random",
+    "fold_in",
+    "(SymInt key, Tensor? key_t, SymInt word, Tensor? word_t) -> Tensor",
+    _fold_reference,
+    _fold_fake,
+)
+
+
+def fold_in(key: int | torch.Tensor, word: int | torch.Tensor) -> torch.Tensor:
+    """`random.fold_in` on the device: int64 keys of the broadcast shape. `key`, `word` or both are int64 tensors."""
+    tensors = [v for v in (key, word) if isinstance(v, torch.Tensor)]
+    spread = iter([v.contiguous() for v in torch.broadcast_tensors(*tensors)])
+    arguments: list[int | torch.Tensor | None] = []
+    for v in (key, word):
+        arguments += (0, next(spread)) if isinstance(v, torch.Tensor) else (v - 2**64 if v >> 63 else v, None)
+    return _FOLD_IN.on(tensors[0].device.type)(*arguments)
+
+
 def standard_normal(x: torch.Tensor, key: int, key_t: torch.Tensor | None, first: int, stream: int = 0) -> torch.Tensor:
     """The noise of an op on x, in plain torch and in the dtype of the arithmetic: what the kernels make on the fly."""
     z = _philox.normals(x.numel(), key, key_t, stream, first, x.device).reshape(x.shape)

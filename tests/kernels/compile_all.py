@@ -81,6 +81,8 @@ def calls():
             net = torch.zeros(n, inputs), weights, [torch.zeros(len(w)) for w in weights]
             call = functools.partial(mlp.mlp_penalty, *net, 0.2, inputs, 1.0)
             yield f"mlp_penalty {hidden} {inputs}", call
+        yield "fold_in", lambda: random.fold_in(0, keys, 7, None)
+        yield "fold_in data", lambda: random.fold_in(7, None, 0, keys)
         yield "philox4x32", lambda: random.philox4x32(torch.zeros(8, 4).long(), torch.zeros(8, 2).long())
 
 

@@ -152,7 +152,20 @@ def test_fold_in_agrees_between_ints_and_tensors(backend):
     assert got.tolist() == [R.fold_in(77, "noise", int(d), 3) for d in data]
     keys = torch.tensor([1, 2, 3], device=backend.device)
     assert R.fold_in(keys, 9, "x").tolist() == [R.fold_in(k, 9, "x") for k in (1, 2, 3)]
+    both = R.fold_in(keys[:, None], data)
+    assert both.tolist() == [[R.fold_in(k, int(d)) for d in data] for k in (1, 2, 3)]
+    one = R.fold_in(keys[1], "t", keys[2])
+    assert one.dim() == 0 and one.item() == R.fold_in(2, "t", 3)
+    many = torch.arange(3000, device=backend.device)
+    assert R.fold_in(5, many)[[0, 1023, 1024, 2999]].tolist() == [R.fold_in(5, i) for i in (0, 1023, 1024, 2999)]
+    assert R.fold_in(5, many[:0]).shape == (0,)
     assert all(0 <= k < 2**63 for k in got.tolist())
+
+
+def test_fold_in_of_other_types_is_refused():
+    for key, data in ((torch.tensor([1.0]), 1), (torch.tensor([1], dtype=torch.int32), 1), (1, torch.tensor([True]))):
+        with pytest.raises(ValueError, match="int64"):
+            R.fold_in(key, data)
 
 
 def test_fold_in_values_never_change():
