@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from diffgan_fast import random
+from diffgan_fast.graphs import NotCapturable
 from diffgan_fast.ops import support
 from diffgan_fast.sampling import Denoiser, Reverse
 from diffgan_fast.schedule import Schedule
@@ -27,7 +28,7 @@ def denoise_chain(
     model: Denoiser,
     x_T: Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     recompute: Recompute = "step",
     cond: Mapping[str, Any] | None = None,
@@ -49,7 +50,8 @@ def denoise_chain(
             with the trainable parameters and under the autocast of this call, whatever has changed since.
         x_T: [N, …], where the chain starts.
         schedule: of T steps.
-        key: int in [0, 2^63).
+        key: int in [0, 2^63); or an int64 tensor with one, as in a CUDA graph, for models that draw nothing from
+            torch's generator.
         recompute: what the backward pass does for a step's activations. "step": every x_t is kept, and each step runs
             once more. An int k: every k-th x_t is kept, and each step runs twice more. "none": plain autograd, which
             keeps all activations.
@@ -75,7 +77,7 @@ def denoise_chain(
     Adversarial Networks", §4.2.
     """
     step = Reverse(schedule=schedule, **reverse)
-    support.check_key(key)
+    support.key_arguments(key, x_T.device, 1, 0)
     every, last = _interval(recompute), _last_steps(grad_steps, step.T, key)
     if every is None and not (keep_dtype is keep_on is None):
         raise ValueError("keep_dtype and keep_on are None with recompute='none', which keeps no states of its own")
@@ -83,7 +85,7 @@ def denoise_chain(
     _refuse(modules)
     given = dict(cond or {}), dict(uncond or {})
     chain = _Chain(model, step, key, first_sample, given, list(modules.values()), parameters)
-    with _fork_rng(x_T):
+    with _fork_rng(x_T, key):
         with torch.no_grad():
             for t in range(step.T, last, -1):
                 x_T = chain.step(x_T, t)
@@ -104,13 +106,17 @@ def _interval(recompute: Recompute) -> int | None:
     return recompute
 
 
-def _last_steps(grad_steps: int | tuple[int, int] | None, T: int, key: int) -> int:
+def _last_steps(grad_steps: int | tuple[int, int] | None, T: int, key: random.Key) -> int:
     """How many steps carry gradients."""
     pair = (T, T) if grad_steps is None else grad_steps if isinstance(grad_steps, tuple) else (grad_steps,) * 2
     ints = all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
     if not (ints and len(pair) == 2 and 1 <= pair[0] <= pair[1] <= T):
         raise ValueError(f"grad_steps must be in 1..{T}, or a pair (low, high) of such; got {grad_steps!r}")
     low, high = pair
+    if low == high:
+        return low
+    if isinstance(key, Tensor):
+        raise NotCapturable(f"grad_steps must be an int where the key is a tensor, got {grad_steps!r}")
     return low + int(random.randint(high - low + 1, 1, random.fold_in(key, "grad_steps")))
 
 
@@ -131,8 +137,25 @@ def _seed(x: Tensor, seed: int) -> None:
         torch.cuda.default_generators[x.device.index].manual_seed(seed)
 
 
-def _fork_rng(x: Tensor) -> AbstractContextManager:
+def _fork_rng(x: Tensor, key: random.Key) -> AbstractContextManager:
+    """torch's generators come back as they were. With a key on the device nothing may draw from them."""
+    if isinstance(key, Tensor):
+        return _untouched_rng(x)
     return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+
+
+@contextmanager
+def _untouched_rng(x: Tensor) -> Iterator[None]:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # the generator cannot be asked; rehearsals have been
+        yield
+        return
+    generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+    before = generator.get_state().numpy().tobytes()
+    yield
+    if before != generator.get_state().numpy().tobytes():
+        raise NotCapturable(
+            "the model draws from torch's generator (dropout), which a key that is a tensor cannot seed for each step"
+        )
 
 
 class _Chain:
@@ -142,7 +165,7 @@ class _Chain:
         self,
         model: Denoiser,
         reverse: Reverse,
-        key: int,
+        key: random.Key,
         first_sample: int,
         given: tuple[dict[str, Any], dict[str, Any]],
         modules: list[nn.Module],
@@ -168,7 +191,8 @@ class _Chain:
             {name: next(rest) if isinstance(v, Tensor) else v for name, v in given.items()} for given in self.given
         )
         key = random.fold_in(self.key, t)
-        _seed(x, random.fold_in(key, "torch"))
+        if isinstance(key, int):
+            _seed(x, random.fold_in(key, "torch"))
         return self.reverse.step(self.model, x, t, key, cond=cond, uncond=uncond, first_sample=self.first_sample)
 
     @contextmanager
@@ -266,7 +290,7 @@ class _Recomputed(torch.autograd.Function):
         # conditions go in as copies, so that a step's graph ends there; parameters are those that the model uses
         passed = [v.detach().requires_grad_(need) for v, need in zip(chain.passed, needs, strict=False)]
         sums = _Sums([v for v, need in zip((*passed, *chain.parameters), needs, strict=True) if need])
-        with _fork_rng(grad), torch.autocast(**ctx.autocast), chain.again():
+        with _fork_rng(grad, chain.key), torch.autocast(**ctx.autocast), chain.again():
             for i in reversed(range(len(states))):
                 high = store.first - i * store.every
                 low = max(high - store.every, 0)

@@ -257,7 +257,7 @@ class AdaptiveDiffusion(nn.Module):
     def _row(self, t: torch.Tensor) -> torch.Tensor:
         """The rows of steps t in the tables; none where t is out of range."""
         if t.device.type == "cpu":
-            support.check_range(t, 0, int(self.T))
+            support.check_range(t, 0, self.T)
             return t + self.offset
         return torch.where((t < 0) | (t > self.T), -1, t + self.offset)
 

@@ -17,9 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
-from diffgan_fast import files, methods, random
+from diffgan_fast import files, random
 from diffgan_fast import metrics as measures
 from diffgan_fast.engine import Method, State, checkpoint
+from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 
 
@@ -247,7 +248,7 @@ def load(
     if not (path / "config.json").exists():
         raise ValueError(f"path {path} holds no run (there is no config.json)")
     stored = json.loads((path / "config.json").read_text())
-    kind = methods.find(stored["method"])
+    kind = find(stored["method"])
     method = kind(kind.Config(**stored["config"]), tuple(stored["shape"]), stored["num_classes"])
     own = {"denoiser" if name == "model" else name: net for name, net in given.items() if net is not None}
     for name in stored["given"]:

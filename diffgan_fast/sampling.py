@@ -80,7 +80,7 @@ class Reverse:
         model: Denoiser,
         x: torch.Tensor,
         t: int,
-        key: int,
+        key: random.Key,
         *,
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
@@ -122,7 +122,7 @@ def sample(
     model: Denoiser,
     shape: tuple[int, ...],
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     cond: Mapping[str, Any] | None = None,
     uncond: Mapping[str, Any] | None = None,
@@ -161,7 +161,7 @@ def sample_posterior(
     generator: Denoiser,
     shape: tuple[int, ...],
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     z_dim: int,
     predicts: Predicts = "x0",
@@ -199,7 +199,7 @@ def generated_step(
     x: torch.Tensor,
     t: int,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     z_dim: int,
     predicts: Predicts = "x0",
@@ -233,7 +233,7 @@ def _walk(x: torch.Tensor, T: int, reverse_step, channels_last: bool, on_step) -
 
 
 def first_noise(
-    shape: tuple[int, ...], key: int, *, first_sample: int = 0, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], key: random.Key, *, first_sample: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """The x_T, float32 [N, …], from which `sample` starts: sample i is the same in any batch."""
     per = torch.Size(shape[1:]).numel()

@@ -54,6 +54,9 @@ class TrainConfig:
     compile: Compile = option(
         False, "compile the networks while they train: true, false, or auto: on CUDA, where that pays soonest"
     )
+    cuda_graphs: bool = option(
+        True, "on CUDA, run the steps as CUDA graphs, one for each kind of step, where they can be captured"
+    )
     log_every: int = option(50, "steps between rows of metrics.jsonl", unit="steps", low=1)
     sample_every: int = option(500, "steps between sample grids (0: only at the end)", unit="steps", low=0)
     checkpoint_every: int = option(1000, "steps between checkpoints (0: only at the end)", unit="steps", low=0)
@@ -66,6 +69,7 @@ class TrainConfig:
     best_by: str | None = option(None, "the metric of the best checkpoint (none: kid of images, kl of points)")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    critic_scheduled: ClassVar[bool] = False  # whether the critic's learning rate follows lr_schedule too
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import nn
 from diffgan_fast.engine.config import TrainConfig
 from diffgan_fast.engine.optim import FlatAdamW
 from diffgan_fast.engine.state import State
+from diffgan_fast.random import Key
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,16 @@ class Method(ABC):
         """What has to be done before the first step of a run, or of what is left of it. Nothing by default."""
 
     @abstractmethod
-    def step(self, state: State, batch: Batch, key: int) -> dict[str, torch.Tensor]:
-        """One training step. Returns the scalars to log, on the device."""
+    def step(self, state: State, batch: Batch, key: Key) -> dict[str, torch.Tensor]:
+        """One training step. Returns the scalars to log, on the device.
+
+        What it does depends on the host through `phase` alone, and it asks for no value of the device, so that it can
+        be captured in a CUDA graph: all else that differs between steps lies in tensors. The key is then one, too.
+        """
+
+    def phase(self, step: int) -> Hashable:
+        """What step `step` does: those of one phase do the same, with other numbers."""
+        return None
 
     @abstractmethod
     def sample(

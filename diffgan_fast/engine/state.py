@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from diffgan_fast.engine import batch_norm, distributed, precision
 from diffgan_fast.engine.config import TrainConfig
 from diffgan_fast.engine.optim import FlatAdamW
+from diffgan_fast.random import Key
 
 
 class State:
@@ -36,10 +37,13 @@ class State:
         self.nets, self.optimizers, self.config = nets, optimizers, config
         self.step = 0
         self.exchange: Callable[[torch.Tensor], object] = lambda gradient: None  # with other processes: see `together`
+        self.later: list[Callable[[Key], None]] | None = None  # what `outside` keeps, while a step is captured
+        self.captured = False  # whether updates find their numbers on the device: see `number`
         self._base_lr = {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}
         self._updates = dict.fromkeys(optimizers, 0)
         self.scalers = {name: precision.scaler(config.precision, o.device) for name, o in optimizers.items()}
         self.ema = {name: copy.deepcopy(nets[name]).eval().requires_grad_(False) for name in averaged if config.ema > 0}
+        self._weight: dict[str, float | torch.Tensor] = dict.fromkeys(self.ema, 0.0)  # of the networks in averages
 
     def __getitem__(self, name: str) -> nn.Module:
         return self.nets[name]
@@ -49,12 +53,11 @@ class State:
         """How often each network was updated."""
         return self._updates
 
-    def update(self, name: str, loss: torch.Tensor, *, scheduled: bool | None = None) -> None:
-        """One optimiser step of network `name` on a loss. No other network's gradients are computed.
-
-        scheduled: whether its learning rate follows the config's schedule; None: that of a generating network does.
-        """
+    def update(self, name: str, loss: torch.Tensor) -> None:
+        """One optimiser step of network `name` on a loss. No other network's gradients are computed."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
+        if not self.captured:
+            self.number(name)
         with precision.full(optimizer.device):
             optimizer.backward(scaler.scale(loss))
             for gradient in optimizer.gradients:
@@ -62,15 +65,46 @@ class State:
             scaler.unscale_(optimizer)  # and notes, on the device, whether it is finite
             if name in self.generating and self.config.clip_grad:
                 optimizer.clip(self.config.clip_grad)
-            scheduled = name in self.generating if scheduled is None else scheduled
-            lr = self._base_lr[name] * (self.lr_factor() if scheduled else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             scaler.step(optimizer)
             scaler.update()
+            if self.averages_next(name):
+                self._average(name)
             self._updates[name] += 1
-            if name in self.ema and self._updates[name] % self.config.ema_every == 0:
-                self._average(self.nets[name], self.ema[name], self._updates[name])
+
+    def number(self, name: str) -> None:
+        """Sets the numbers of network `name`'s next update: its learning rate, and its weight in the average."""
+        optimizer, c = self.optimizers[name], self.config
+        scheduled = name in self.generating or c.critic_scheduled
+        lr = self._base_lr[name] * (self.lr_factor() if scheduled else 1.0)
+        for group in optimizer.param_groups:
+            _set(group, "lr", lr)
+        if name in self.ema:
+            # the usual warm-up: the average of few updates is not dominated by the initial weights
+            ramp = 1 - (1 + max(self._updates[name] + 1 - c.ema_start, 0)) ** (-2 / 3)
+            _set(self._weight, name, 1 - min(c.ema, ramp))
+
+    def numbers_on_device(self) -> None:
+        """Keeps what `number` sets in tensors from now on, which captured updates read."""
+        self.captured = True
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=optimizer.device)
+            if name in self.ema:
+                self._weight[name] = torch.zeros((), device=optimizer.device)
+
+    def averages_next(self, name: str) -> bool:
+        """Whether network `name`'s next update is followed by an averaging."""
+        return name in self.ema and (self._updates[name] + 1) % self.config.ema_every == 0
+
+    def outside(self, run: Callable[[Key], None], key: Key) -> None:
+        """Runs what a CUDA graph cannot hold, as the last thing of a step: run(key).
+
+        At once; but of a step that is captured after each replay, with the key that the step then has.
+        """
+        if self.later is None:
+            run(key)
+        else:
+            self.later.append(run)
 
     @property
     def generating(self) -> tuple[str, ...]:
@@ -88,16 +122,24 @@ class State:
         return factor[c.lr_schedule] * (min(1.0, (self.step + 1) / c.warmup) if c.warmup else 1.0)
 
     @torch.no_grad()
-    def _average(self, net: nn.Module, ema: nn.Module, updates: int) -> None:
-        # the usual warm-up: the average of few steps is not dominated by the initial weights
-        decay = min(self.config.ema, 1 - (1 + max(updates - self.config.ema_start, 0)) ** (-2 / 3))
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-        for mine, theirs in zip(ema.buffers(), net.buffers(), strict=True):
-            mine.copy_(theirs)
+    def _average(self, name: str) -> None:
+        ema, net, weight = self.ema[name], self.nets[name], self._weight[name]
+        for mine, theirs in zip(ema.parameters(), net.parameters(), strict=True):
+            mine.lerp_(theirs, weight)
+        for buffer, other in zip(ema.buffers(), net.buffers(), strict=True):
+            buffer.copy_(other)
 
     def sampling_net(self, name: str, ema: bool = True) -> nn.Module:
         """The network to sample from: the averaged copy if there is one and it is wanted."""
         return self.ema[name] if ema and name in self.ema else self.nets[name]
+
+
+def _set(where: dict, name: str, value: float) -> None:
+    """Puts a number in its place, on the device if it is a tensor there."""
+    if isinstance(where[name], torch.Tensor):
+        where[name].fill_(value)
+    else:
+        where[name] = value
 
 
 @contextmanager

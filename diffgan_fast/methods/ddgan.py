@@ -37,7 +37,7 @@ def losses(
     critic: Callable[..., torch.Tensor],
     x0: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     z_dim: int = 100,
     predicts: Predicts = "x0",
@@ -99,6 +99,7 @@ _LARGE = dict(network="256", critic_network="large", lazy_reg=10)
 
 @dataclass(kw_only=True)
 class DDGANConfig(TrainConfig):
+    critic_scheduled = True
     PRESETS: ClassVar = {
         "cifar10": dict(
             network="cifar10", critic_network="small", steps=351_562, batch_size=256, lr=1.6e-4, critic_lr=1.25e-4,
@@ -183,7 +184,11 @@ class DDGAN(Method):
         """The generator as it is told z, or zeros in its place in the ablation without a latent."""
         return generator if self.config.latent else lambda x, t, z: generator(x, t, torch.zeros_like(z))
 
-    def step(self, state: State, batch: Batch, key: int):
+    def phase(self, step):
+        """Whether the step has a penalty."""
+        return step % self.config.lazy_reg == 0
+
+    def step(self, state: State, batch: Batch, key: random.Key):
         c = self.config
         loss, fooled = losses(
             self.generate(state["generator"]),
@@ -193,11 +198,11 @@ class DDGAN(Method):
             key,
             z_dim=c.z_dim,
             predicts=c.predicts,
-            r1_gamma=c.r1_gamma if state.step % c.lazy_reg == 0 else 0.0,
+            r1_gamma=c.r1_gamma if self.phase(state.step) else 0.0,
             gan_loss=c.gan_loss,
             first_sample=batch.first_sample,
         )
-        state.update("critic", loss, scheduled=True)
+        state.update("critic", loss)
         logged = {"critic_loss": loss, "generator_loss": fooled()}
         state.update("generator", logged["generator_loss"])
         return logged

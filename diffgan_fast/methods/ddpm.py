@@ -20,7 +20,7 @@ def losses(
     x0: torch.Tensor,
     t: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     cond: Mapping[str, Any] | None = None,
     prediction: Prediction = "eps",
@@ -63,7 +63,7 @@ class DDPM(DiffusionMethod):
     def optimizers(self, nets):
         return {"denoiser": FlatAdamW(nets["denoiser"], self.config.lr, (self.config.adam_beta1, 0.999))}
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         x0, first = self.to_model(batch.x), batch.first_sample
         t = self.draw_t(len(x0), key, first, x0.device)
         noise_key = random.fold_in(key, "noise")

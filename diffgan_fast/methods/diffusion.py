@@ -135,11 +135,13 @@ class DiffusionMethod(Method):
             return x
         return (x if self.config.data_range == "signed" else x * 2 - 1).clamp(-1, 1)
 
-    def draw_t(self, n: int, key: int, first_sample: int, device: torch.device) -> torch.Tensor:
+    def draw_t(self, n: int, key: random.Key, first_sample: int, device: torch.device) -> torch.Tensor:
         """t ~ U{1..T} for each sample."""
         return 1 + random.randint(self.schedule.T, n, random.fold_in(key, "t"), first=first_sample, device=device)
 
-    def condition(self, labels: torch.Tensor | None, key: int | None = None, first_sample: int = 0) -> dict[str, Any]:
+    def condition(
+        self, labels: torch.Tensor | None, key: random.Key | None = None, first_sample: int = 0
+    ) -> dict[str, Any]:
         """What a conditional denoiser is told beside x_t and t, {"y": labels [N]}; other denoisers nothing.
 
         With a key, as in training, a share `label_dropout` of the labels becomes "no label" (Ho and Salimans 2022,

@@ -31,7 +31,7 @@ class BehindNoise(nn.Module):
         super().__init__()
         self.critic, self.diffusion = critic, diffusion
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor | None, key: int, first_sample: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None, key: random.Key, first_sample: int = 0) -> torch.Tensor:
         """The logits of x with noise of level t (None: drawn)."""
         return self.judge(x, t, key, first_sample)[0]
 
@@ -47,7 +47,7 @@ def losses(
     diffusion: AdaptiveDiffusion,
     x0: torch.Tensor,
     z: torch.Tensor,
-    key: int,
+    key: random.Key,
     *,
     gan_loss: GanLoss = "nonsaturating",
     first_sample: int = 0,
@@ -135,7 +135,7 @@ class DiffusionGAN(GeneratorMethod):
         spectral = self.kind == "sngan"
         return nets.LevelCritic(features, plain.features, kind, as_coded=as_coded, spectral=spectral)
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         generator, x0, first = state["generator"], batch.x, batch.first_sample
         diffusion = cast(AdaptiveDiffusion, state["diffusion"])
         judge, kind = BehindNoise(state["critic"], diffusion), self.config.gan_loss
@@ -160,6 +160,7 @@ class DiffusionGAN(GeneratorMethod):
         state.update("critic", self.penalised(state, loss, judge, x0, t=t, key=real_key, first_sample=first))
         if not as_coded:
             train_generator(fake)
-        diffusion.update(on_real.detach(), random.fold_in(key, "levels"))
         logged |= {"critic_loss": loss, "real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
-        return logged | {"p": diffusion.p.clone(), "T": diffusion.T.clone()}
+        logged |= {"p": diffusion.p.clone(), "T": diffusion.T.clone()}
+        state.outside(lambda key: diffusion.update(on_real.detach(), random.fold_in(key, "levels")), key)
+        return logged

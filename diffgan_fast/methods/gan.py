@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffgan_fast import random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, State, frozen
 from diffgan_fast.methods.generator import GeneratorConfig, GeneratorMethod
@@ -56,7 +57,7 @@ class GAN(GeneratorMethod):
     name, help, Config = "gan", "a plain GAN of images or points, the baseline without diffusion", GANConfig
     config: GANConfig
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         generator, critic = state["generator"], state["critic"]
         z = self.draw_z(len(batch.x), key, batch.first_sample, batch.x.device)
         loss, fooled, (on_real, on_fake) = losses(generator, critic, batch.x, z, gan_loss=self.config.gan_loss)

@@ -39,7 +39,7 @@ def losses(
     x0: torch.Tensor,
     t: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     cond: Mapping[str, Any] | None = None,
     variant: Variant = "paper",
@@ -178,7 +178,7 @@ class GANEnhanced(DiffusionMethod):
         rates = {"denoiser": self.config.lr, "critic": self.config.critic_lr}
         return {name: FlatAdamW(net, rates[name], weight_decay=WEIGHT_DECAY) for name, net in nets.items()}
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         c, x0, first = self.config, self.to_model(batch.x), batch.first_sample
         loss, denoiser_loss = losses(
             state["denoiser"],

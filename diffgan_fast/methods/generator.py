@@ -114,10 +114,14 @@ class GeneratorMethod(Method):
         rates = {"generator": c.lr, "critic": c.critic_lr}
         return {name: FlatAdamW(nets[name], lr, (c.adam_beta1, c.adam_beta2)) for name, lr in rates.items()}
 
-    def draw_z(self, n: int, key: int, first_sample: int, device: torch.device, name: str = "z") -> torch.Tensor:
+    def draw_z(self, n: int, key: random.Key, first_sample: int, device: torch.device, name: str = "z") -> torch.Tensor:
         """z ~ N(0, 1) for samples first_sample … first_sample + n: [n, z_dim]."""
         z_dim = self.config.z_dim
         return random.normal((n, z_dim), random.fold_in(key, name), first=first_sample * z_dim, device=device)
+
+    def phase(self, step):
+        """Whether the step has a penalty."""
+        return self.config.r1_gamma > 0 and step % self.config.r1_every == 0
 
     def penalised(self, state: State, loss: torch.Tensor, critic: Callable, x0: torch.Tensor, **cond) -> torch.Tensor:
         """The critic's loss, with the R1 penalty at x0 where this step has one.
@@ -125,7 +129,7 @@ class GeneratorMethod(Method):
         One in `r1_every` steps has it, with as many times the weight (StyleGAN2: Karras et al. 2020, Appendix B).
         """
         c = self.config
-        if c.r1_gamma == 0 or state.step % c.r1_every:
+        if not self.phase(state.step):
             return loss
         return loss + c.r1_every * c.r1_gamma / 2 * r1_penalty(critic, x0, **cond)
 

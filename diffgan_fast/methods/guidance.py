@@ -31,7 +31,7 @@ def losses(
     fake: torch.Tensor,
     t: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     first_sample: int = 0,
 ) -> torch.Tensor:
@@ -108,7 +108,7 @@ class DiscriminatorGuidance(DiffusionMethod):
             files.write(path, save({"samples": torch.cat(parts)}))
         self._fakes = load_file(path)["samples"].to(next(state["denoiser"].parameters()).device)
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         real, first = self.to_model(batch.x), batch.first_sample
         chosen = random.randint(
             len(self._fakes), len(real), random.fold_in(key, "fakes"), first=first, device=real.device

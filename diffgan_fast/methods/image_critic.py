@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from diffgan_fast import nets
+from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.chain import denoise_chain
 from diffgan_fast.engine import Batch, FlatAdamW, State, evaluating, frozen, option
@@ -31,7 +31,7 @@ def losses(
     critic: Callable[[torch.Tensor], torch.Tensor],
     real: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     to_image: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     gan_loss: GanLoss = "nonsaturating",
@@ -129,7 +129,7 @@ class ImageCritic(DiffusionMethod):
     def denoiser_optimizer(self, denoiser) -> FlatAdamW:
         return FlatAdamW(denoiser, self.config.lr, (self.config.adam_beta1, 0.999))
 
-    def generate(self, state: State, batch: Batch, key: int) -> torch.Tensor:
+    def generate(self, state: State, batch: Batch, key: random.Key) -> torch.Tensor:
         """Images [N, C, H, W] as the critic sees them, made by the chain, as many as the batch has."""
         c, denoiser = self.config, state["denoiser"]
         options = {**self.reverse(state), **self.guidance(batch.labels), "clip_x0": c.clip_x0 and c.chain_clip_x0}

@@ -32,7 +32,7 @@ def losses(
     x0: torch.Tensor,
     t: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     first_sample: int = 0,
     **options: Any,
@@ -85,5 +85,7 @@ class Method4(NoiseCritic):
     def shown(self, eps, x_t, t, key, first):
         return _next(eps, x_t, t, self.schedule, key, first)
 
-    def judges(self, step):
-        return step % (self.config.critic_on + self.config.critic_off) < self.config.critic_on
+    def phase(self, step):
+        turn = step % (self.config.critic_on + self.config.critic_off) < self.config.critic_on
+        _, joint = super().phase(step)
+        return turn or not joint, joint

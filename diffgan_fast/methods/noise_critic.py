@@ -28,7 +28,7 @@ def losses(
     x0: torch.Tensor,
     t: torch.Tensor,
     schedule: Schedule,
-    key: int,
+    key: random.Key,
     *,
     cond: Mapping[str, Any] | None = None,
     prediction: Prediction = "eps",
@@ -122,13 +122,13 @@ class NoiseCritic(DiffusionMethod):
             init=c.critic_init,
         )
 
-    def shown(self, eps: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, key: int, first: int) -> torch.Tensor:
+    def shown(self, eps: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, key: random.Key, first: int) -> torch.Tensor:
         """What the critic sees of a noise: the noise itself."""
         return eps
 
-    def judges(self, step: int) -> bool:
-        """Whether the critic is trained at this step, once both are."""
-        return True
+    def phase(self, step):
+        """Whether the critic is trained, and whether the denoiser is: at first the critic trains alone."""
+        return True, step >= self.config.critic_steps
 
     def optimizers(self, nets):
         return {
@@ -136,7 +136,7 @@ class NoiseCritic(DiffusionMethod):
             "critic": FlatAdamW(nets["critic"], self.config.critic_lr, BETAS),
         }
 
-    def step(self, state: State, batch: Batch, key: int):
+    def step(self, state: State, batch: Batch, key: random.Key):
         c, x0, first = self.config, self.to_model(batch.x), batch.first_sample
         denoiser, critic = state["denoiser"], state["critic"]
         t = self.draw_t(len(x0), key, first, x0.device)
@@ -147,13 +147,12 @@ class NoiseCritic(DiffusionMethod):
             eps_hat = predicted_noise(denoiser(x_t, t, **cond), x_t, t, self.schedule, c.prediction)
             return eps_hat, self.shown(eps_hat, x_t, t, key, first)
 
-        joint = state.step >= c.critic_steps  # before that the critic trains alone
-
+        judges, joint = self.phase(state.step)
         shared = joint and c.forwards == "one"
         logged = {}
         if shared:
             eps_hat, fake = predict()
-        if not joint or self.judges(state.step):
+        if judges:
             if not shared:
                 with torch.no_grad(), evaluating(*([denoiser] if c.forwards == "two" else [])):
                     _, fake = predict()

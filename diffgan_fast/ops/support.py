@@ -100,12 +100,12 @@ def t_arguments(
     return t, None
 
 
-def check_range(t: torch.Tensor, low: int, high: int, name: str = "t") -> None:
+def check_range(t: torch.Tensor, low: int, high: int | torch.Tensor, name: str = "t") -> None:
     """ValueError if a CPU tensor of steps leaves low..high. CUDA ones are not looked at: that would wait for them."""
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         least, most = (int(v) for v in torch.aminmax(t))
-        if least < low or most > high:
-            raise ValueError(f"{name} must be in {low}..{high}, got values in {least}..{most}")
+        if least < low or most > int(high):
+            raise ValueError(f"{name} must be in {low}..{int(high)}, got values in {least}..{most}")
 
 
 def call(run: Callable, t: torch.Tensor | None, low: int, high: int, *args):

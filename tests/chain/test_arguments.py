@@ -82,7 +82,7 @@ def test_memory_format_is_kept():
         (dict(grad_steps=5, steps=4), "grad_steps must be in 1..4"),
         (dict(key=-1), r"key must be an int in \[0, 2\*\*63\)"),
         (dict(key=1.0), "key must be"),
-        (dict(key=torch.tensor([3])), "key must be"),
+        (dict(key=torch.tensor([3.0])), "key must be"),
         (dict(recompute="none", keep_dtype=torch.bfloat16), "keep_dtype and keep_on are None with recompute='none'"),
         (dict(recompute="none", keep_on="cpu"), "keep_dtype and keep_on"),
         (dict(sampler="heun"), "sampler must be"),
