@@ -25,7 +25,7 @@ import diffgan_fast as dgf
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
-from diffgan_fast.engine import Batch, State
+from diffgan_fast.engine import Batch, State, Steps
 from diffgan_fast.nets import UNet
 from diffgan_fast.nets.macs import MacCounter
 from diffgan_fast.reproduce.ddgan import matched
@@ -134,10 +134,11 @@ class Ours:
         nets = {"generator": copy.deepcopy(generator).train(), "critic": copy.deepcopy(critic).train()}
         nets = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, config)
+        self.run = Steps.on(next(generator.parameters()).device, self.method, self.state)
 
     def step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         x0 = x0.contiguous(memory_format=torch.channels_last)
-        losses = self.method.step(self.state, Batch(x0), self.key(self.state.step))
+        losses = self.run(Batch(x0), self.key(self.state.step))
         self.state.step += 1
         return losses["critic_loss"].detach(), losses["generator_loss"].detach()
 

@@ -23,7 +23,7 @@ import diffgan_fast as dgf
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
-from diffgan_fast.engine import Feed, State
+from diffgan_fast.engine import Feed, State, Steps
 
 T, BATCH, SAMPLES = 100, 256, 10_000
 DENOISER = 2 * BATCH * (384 * 256 + 3 * 256 * 256 + 256 * 2)  # operations of a forward pass
@@ -162,12 +162,13 @@ class Ours:
         self.method = kind(config, (2,))
         nets = {name: net.to(device) for name, net in self.method.networks({}).items()}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, config)
+        self.run = Steps.on(device, self.method, self.state)
         self.feed = Feed(dgf.data.load(points), BATCH, dgf.random.key(0), device)
         self.key = dgf.random.key(0)
 
     def step(self) -> None:
         s = self.state.step
-        self.method.step(self.state, self.feed.batch(s), dgf.random.fold_in(self.key, "step", s))
+        self.run(self.feed.batch(s), dgf.random.fold_in(self.key, "step", s))
         self.state.step = s + 1
 
     def sample(self) -> Tensor:

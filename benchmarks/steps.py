@@ -10,7 +10,7 @@ Arms:
     reference   what the published code does, eager: randn and table look-ups, plain Adam, losses read by `.item()`
     compile     the same with its networks compiled
     diffusers, denoising-diffusion-pytorch    where installed, ddpm: their noising and loss around the same network
-    ours, ours-compile                        the engine's step, without and with compile=True
+    ours, ours-compile                        the engine's step, without and with compile=True; on CUDA in its graphs
 
 `floor_ms` is the time of the networks alone: as many forward and backward passes as a step of ours cannot do without,
 with no noise, loss, update or average. `peak_mib` is what tensors take at most in a step beside networks, optimisers
@@ -34,7 +34,7 @@ from benchmarks import ddgan, oracle, training
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
-from diffgan_fast.engine import Batch, State, frozen
+from diffgan_fast.engine import Batch, State, Steps, frozen
 from diffgan_fast.engine.compiling import compiled
 from diffgan_fast.nets import DCGANCritic, DDGANCritic, DDGANGenerator, StudentUNet, UNet
 from diffgan_fast.planning import peak_memory
@@ -215,11 +215,12 @@ class Ours:
         self.method, self.count = kind(kind.Config(**settings), case.shape), 0
         nets = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, self.method.config)
+        self.run = Steps.on(case.device, self.method, self.state)
 
     def step(self, x0: Tensor) -> dict[str, Tensor]:
         key = self.key(self.count)
         self.count += 1
-        return self.method.step(self.state, Batch(x0.contiguous(memory_format=torch.channels_last)), key)
+        return self.run(Batch(x0.contiguous(memory_format=torch.channels_last)), key)
 
     @staticmethod
     def key(count: int) -> int:
@@ -365,6 +366,8 @@ def measure(case: Case, options: Options) -> list[dict]:
             arm.run(images[0])  # also compiles
             if not (arm.wanted and case.device.type == "cpu"):
                 arm.peak = peak_memory(lambda arm=arm: arm.run(images[0]), case.device) / 2**20
+            for x in images if case.device.type == "cuda" else ():  # until all of it is in graphs
+                arm.run(x)
         except RuntimeError as error:  # compiled code has no double backward, which the reference of ddgan needs
             arms.remove(arm)
             print(f"{case.family} {case.shape}: {arm.name} is skipped: {str(error).splitlines()[0]}")

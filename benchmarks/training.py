@@ -31,7 +31,7 @@ import diffgan_fast as dgf
 from benchmarks import oracle
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
-from diffgan_fast.engine import Batch, State
+from diffgan_fast.engine import Batch, State, Steps
 from diffgan_fast.nets import DCGANCritic, StudentUNet
 
 T = 300
@@ -135,12 +135,13 @@ class EngineTrainer(Trainer):
         self.method = kind(config, (1, 28, 28))
         nets = {"denoiser": self.unet, "critic": self.critic}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, config)
+        self.run = Steps.on(next(unet.parameters()).device, self.method, self.state)
 
     def noise_key(self, key: int) -> int:
         return dgf.random.fold_in(key, "noise")
 
     def step(self, x0: Tensor, t: Tensor | None, key: int) -> tuple:
-        losses = self.method.step(self.state, Batch(x0 * 2 - 1), key)  # the engine holds images in [-1, 1]
+        losses = self.run(Batch(x0 * 2 - 1), key)  # the engine holds images in [-1, 1]
         return losses["critic_loss"], losses["denoiser_loss"]
 
     def first_losses(self, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, key: int) -> tuple:

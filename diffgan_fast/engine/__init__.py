@@ -6,6 +6,7 @@ from diffgan_fast.engine.loop import Loop, TrainingError
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.optim import FlatAdamW
 from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch, together
+from diffgan_fast.engine.steps import Steps
 
 __all__ = [
     "Batch",
@@ -14,6 +15,7 @@ __all__ = [
     "Loop",
     "Method",
     "State",
+    "Steps",
     "TrainConfig",
     "TrainingError",
     "evaluating",

@@ -22,7 +22,7 @@ from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.gpu import Meter
 from diffgan_fast.engine.method import Method
 from diffgan_fast.engine.state import State
-from diffgan_fast.engine.steps import steps
+from diffgan_fast.engine.steps import Steps
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +61,7 @@ class Loop:
         self.config, self.progress = method.config, progress and distributed.is_main()
         self.part = distributed.share(self.config.batch_size)
         self.on_log, self.on_sample, self.on_evaluate = on_log, on_sample, on_evaluate
-        self.steps = steps(method, state, feed.device)
+        self.steps = Steps.on(feed.device, method, state)
         self.seed_key = random.key(seed)
         self.seconds, self.meter = 0.0, Meter(feed.device)
         self._saved: int | None = None  # step of the last checkpoint

@@ -44,6 +44,16 @@ class Steps:
         self._batch: Batch | None = None  # where replays find theirs
         self._key: torch.Tensor | None = None
 
+    @classmethod
+    def on(cls, device: torch.device, method: Method, state: State) -> Steps:
+        """A run's steps on a device: in CUDA graphs, if its config wants them and it is a CUDA device."""
+        if device.type != "cuda" or not method.config.cuda_graphs:
+            return cls(method, state)
+        made = cls(method, state, Recorder(device))
+        if distributed.size() > 1:
+            made._give_up("several processes exchange gradients")
+        return made
+
     def __call__(self, batch: Batch, key: int) -> dict[str, torch.Tensor]:
         """One step: the scalars to log."""
         if self.recorder is not None:
@@ -119,13 +129,3 @@ class Steps:
         warnings.warn(f"the steps of {self.method.name!r} run without CUDA graphs: {why}", stacklevel=3)
         self.recorder, self.state.captured = None, False
         self._kinds.clear()
-
-
-def steps(method: Method, state: State, device: torch.device) -> Steps:
-    """The steps of a run on a device, in CUDA graphs where its config wants them and the device has them."""
-    if device.type != "cuda" or not method.config.cuda_graphs:
-        return Steps(method, state)
-    made = Steps(method, state, Recorder(device))
-    if distributed.size() > 1:
-        made._give_up("several processes exchange gradients")
-    return made

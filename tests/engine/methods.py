@@ -38,12 +38,12 @@ CASES = {
 KEY = random.key(3)
 
 
-def start(case, given=None, **options):
+def start(case, given=None, device="cpu", **options):
     """(method, state, batch): the same weights and data in every call. `given`: networks of one's own, by name."""
     name, shape, usual = CASES[case]
-    kind, x = dgf.methods.find(name), random.normal((8, *shape), KEY).clamp(-1, 1)
+    kind, x = dgf.methods.find(name), random.normal((8, *shape), KEY, device=device).clamp(-1, 1)
     method = kind(kind.Config(**{"batch_size": 8, "steps": 8, "lr": 2e-4, **usual, **options}), shape)
-    state = build(method, given or {}, 0, torch.device("cpu"))
+    state = build(method, given or {}, 0, torch.device(device))
     for net in state.nets.values():
         net.train()
     with TemporaryDirectory() as folder, torch.random.fork_rng():

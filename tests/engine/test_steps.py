@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffgan_fast import random
+import diffgan_fast as dgf
+from diffgan_fast import graphs, random
 from diffgan_fast.engine import Batch, precision
 from diffgan_fast.engine.steps import Steps
 from diffgan_fast.ops import support
@@ -31,18 +32,20 @@ def changed(state):
         yield from optimizer.gradients
 
 
-def run(case, how, count=9, **options):
+def run(case, how, count=9, device="cpu", **options):
     """(losses of each step, state, the Steps) of a few steps, each on its own batch.
 
     how: "plain", "graphs", or "rehearsal": with all that graphs need, but none.
     """
-    method, state, batch = methods.start(case, **options)
-    recorder = None if how == "plain" else Recorder(lambda: changed(state))
+    method, state, batch = methods.start(case, device=device, **options)
+    recorder = None
+    if how != "plain":
+        recorder = graphs.Recorder(batch.x.device) if batch.x.is_cuda else Recorder(lambda: changed(state))
     step, history = Steps(method, state, recorder, 2 if how == "graphs" else count), []
     for number in range(count):
         key = random.fold_in(methods.KEY, "step", number)
         torch.manual_seed(random.fold_in(key, "torch", 0))
-        x = random.normal(batch.x.shape, random.fold_in(key, "data")).clamp(-1, 1)
+        x = random.normal(batch.x.shape, random.fold_in(key, "data"), device=device).clamp(-1, 1)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         with precision.reduced(method.config.precision, x.device):
             losses = step(Batch(x), key)
@@ -79,6 +82,32 @@ def test_keys_and_numbers_on_the_device_are_those_of_the_host(case):
     rehearsed, state, _ = run(case, "rehearsal", 4, **options)
     assert rehearsed == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in plain]
     assert state.updates == expected.updates
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, dict(precision="fp16"), dict(compile=True)])
+@pytest.mark.parametrize("case", [c for c in methods.CASES if c not in DRAWS])
+def test_replays_on_a_gpu(case, options):
+    """What the tape shows, by CUDA graphs: the losses of steps that are launched one by one."""
+    plain, expected, _ = run(case, "rehearsal", device="cuda", **options)
+    replayed, state, step = run(case, "graphs", device="cuda", **options)
+    assert step.recorder is not None
+    assert replayed == [pytest.approx(row, rel=2e-2, abs=2e-3) for row in plain]  # sums in another order, nine times
+    assert state.updates == expected.updates
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["ddpm", "gan"])
+def test_a_run_on_a_gpu_is_captured_and_resumed(method, tmp_path, recwarn):
+    small = dict(steps=8, batch_size=16, width=8, device="cuda", progress=False, seed=1)
+    whole = dgf.train(method, "digits", tmp_path / "whole", **small)
+    dgf.train(method, "digits", tmp_path / "parts", **small | {"steps": 4})
+    parts = dgf.train(method, "digits", tmp_path / "parts", **small, resume=True)
+    without = dgf.train(method, "digits", tmp_path / "without", **small, cuda_graphs=False)
+    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    for run in (parts, without):
+        for a, b in zip(kept(run.state), kept(whole.state), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", DRAWS)
