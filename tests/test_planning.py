@@ -1,5 +1,7 @@
 """The plan of a run: what is counted against what is known, and what is extrapolated against whole chains."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,6 +51,46 @@ def test_a_plan_writes_nothing_and_leaves_the_networks_alone(tmp_path, monkeypat
     assert [row.seconds for row in plan.rows] == sorted(row.seconds for row in plan.rows)
 
 
+@pytest.mark.parametrize("method", ["method3", "method4"])
+def test_steps_of_both_networks_are_measured(method):
+    """Not the first ones, in which the critic trains alone: they take a fraction of the memory."""
+    options = dict(width=8, T=4, batch_size=4, subset=16, critic_width=8)
+    (later,), (first,) = (dgf.plan(method, critic_steps=n, **options).rows for n in (0, 400))
+    assert later.peak == first.peak
+
+
+def no_room_for(method, batch, monkeypatch):
+    """Steps of `batch` samples and more with plain autograd, or of more than twice as many, are out of memory."""
+    kind, step = dgf.methods.find(method), dgf.methods.find(method).step
+
+    def limited(self, state, batch_, key):
+        c = self.config
+        if c.batch_size >= (batch if getattr(c, "recompute", "") == "none" else 2 * batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, state, batch_, key)
+
+    monkeypatch.setattr(kind, "step", limited)
+
+
+def test_plain_autograd_that_is_out_of_memory_leaves_the_others(monkeypatch):
+    no_room_for("method2", 6, monkeypatch)
+    options = {k: v for k, v in SMALL.items() if k != "subset"}
+    plan = dgf.plan("method2", batch_size=6, subset=16, **options)
+    assert plan.rows[-1] == planning.Row("none", math.inf, math.inf) and not plan.fits(plan.rows[-1])
+    assert plan.recompute in ("step", 4) and len(plan.rows) == 3
+    assert "inf" not in str(plan) and "nan" not in str(plan)
+    with pytest.raises(dgf.TrainingError, match="a step at batch_size 12 does not fit into the memory of cpu"):
+        dgf.plan("method2", batch_size=12, subset=16, **options)
+    with pytest.raises(dgf.TrainingError, match="a step at batch_size 8 does not fit"):
+        dgf.plan("method2", batch_size="auto", recompute="none", subset=16, **options)
+
+
+def test_a_plan_of_the_largest_batch(monkeypatch):
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
+    plan = dgf.plan("ddpm", batch_size="auto", width=8, T=4, subset=16)
+    assert plan.batch_size == 6
+
+
 def test_what_does_not_fit_is_not_chosen():
     rows = (planning.Row("none", 1000, 1.0), planning.Row("step", 90, 2.0))
     plan = planning.Plan("method2", 1, 1, CPU, 100, rows)
@@ -77,7 +119,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch):
     method = plain(plain.Config.make(width=8, T=4), (1, 8, 8))
     assert planning.largest_batch(method, dict, 0, CPU, 7) == 7
     monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
-    with pytest.raises(RuntimeError, match="not even one sample"):
+    with pytest.raises(dgf.TrainingError, match="not even one sample"):
         planning.largest_batch(method, dict, 0, CPU, 7)
 
 
