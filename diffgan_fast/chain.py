@@ -79,6 +79,8 @@ def denoise_chain(
     every, last = _interval(recompute), _last_steps(grad_steps, step.T, key)
     if every is None and not (keep_dtype is keep_on is None):
         raise ValueError("keep_dtype and keep_on are None with recompute='none', which keeps no states of its own")
+    if keep_dtype is not None and not keep_dtype.is_floating_point:
+        raise ValueError(f"keep_dtype must be a floating-point type, got {keep_dtype}")
     modules = {name: m for name, m in (("model", model), ("critic", step.critic)) if isinstance(m, nn.Module)}
     _refuse(modules)
     given = dict(cond or {}), dict(uncond or {})
