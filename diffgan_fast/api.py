@@ -236,8 +236,8 @@ def _train_critic(data, folder, kind, config, common) -> Run:
 
 
 def _with_largest_batch(start: Start, seed: int, folder: Path | None = None) -> Method:
-    """The method with the batch size that its run in `folder` has, or with the largest that fits."""
-    if folder is not None and (folder / "config.json").exists():
+    """The method with the batch size that its run in `folder` was trained with, or with the largest that fits."""
+    if folder is not None and checkpoint.steps(folder):
         size = json.loads((folder / "config.json").read_text())["config"]["batch_size"]
     else:
         networks = lambda: copy.deepcopy(start.networks())  # noqa: E731
@@ -262,10 +262,12 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         stored = json.loads(path.read_text())
         for source in ("base", "critic"):
             settings[source] = settings[source] or stored.get(source)
-        # a run may be made longer where that does not change its learning rates, and logged otherwise
-        free = {"log_every", "sample_every", "checkpoint_every", "keep", "versions", "config"}
-        if settings["config"]["lr_schedule"] == "constant":
+        # a run may be made longer where that does not change its learning rates, and logged or recomputed otherwise
+        free = {"log_every", "sample_every", "checkpoint_every", "keep", "recompute", "versions", "config"}
+        if settings["config"]["lr_schedule"] == "constant" or not done:
             free |= {"steps", "kimg"}
+        if not done:  # memory was out in the first step
+            free.add("batch_size")
         ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, stored))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:

@@ -1,5 +1,6 @@
 """The plan of a run: what is counted against what is known, and what is extrapolated against whole chains."""
 
+import functools
 import math
 
 import pytest
@@ -142,6 +143,23 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "step", step)
     with pytest.raises(dgf.TrainingError, match="out of memory at step 1: take a batch_size below 8; .*dgf.plan"):
         dgf.train("ddpm", out=tmp_path, batch_size=8, width=8, T=4, steps=1, subset=16, progress=False)
+
+
+@pytest.mark.parametrize("advice", [dict(batch_size=4), dict(batch_size="auto"), dict(recompute="step")], ids=str)
+def test_the_advice_can_be_followed_in_the_same_folder(advice, tmp_path, monkeypatch):
+    """What was trained before the first step, the base, is used."""
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 4)
+    options = {k: v for k, v in SMALL.items() if k != "subset"} | dict(T=4, subset=16, progress=False, device="cpu")
+    base = dgf.train("ddpm", out=tmp_path / "base", width=8, T=4, steps=1, subset=16, progress=False, device="cpu")
+    no_room_for("method2", 6, monkeypatch)
+    tune = functools.partial(dgf.train, "method2", out=tmp_path, base=base, steps=1, resume=True, **options)
+    with pytest.raises(dgf.TrainingError, match="or recompute='step' or an int"):
+        tune(batch_size=8, recompute="none")
+    run = tune(**dict(batch_size=8, recompute="none") | advice)
+    assert run.state.step == 1 and run.method.config.batch_size == (8 if "recompute" in advice else 4)
+    assert dgf.load(tmp_path).method.config == run.method.config
+    with pytest.raises(ValueError, match="other settings .batch_size"):
+        tune(batch_size=5, recompute="step")
 
 
 def test_memory_that_cannot_be_had_on_the_cpu_is_advised_on_too(tmp_path, monkeypatch):
