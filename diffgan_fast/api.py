@@ -88,7 +88,7 @@ def train(
         start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
     folder = Path(out) if out is not None else Path("runs") / f"{method}-{start.data.name}"
     if automatic:
-        start.method = _with_largest_batch(start, folder, seed)
+        start.method = _with_largest_batch(start, seed, folder)
     kind, config, instance, data = type(start.method), start.method.config, start.method, start.source
     settings = describe(start, seed, subset)
     distributed.check_same({**settings, **config.to_dict(), "out": str(folder), "resume": resume})
@@ -157,12 +157,17 @@ def plan(
     """What `train` with these arguments will take, before it is run: memory and time, and which `recompute` fits.
 
     A few steps of the method are run, with short chains for methods 1 and 2, on copies of the networks; nothing is
-    written. Memory counts tensors: workspaces of libraries come on top.
+    written. Memory counts tensors: workspaces of libraries come on top. With batch_size="auto" it is the plan of the
+    largest that fits.
 
     Returns: a `Plan`; print it.
-    Raises: ValueError as `train`; torch.OutOfMemoryError if even a short chain does not fit.
+    Raises: ValueError as `train`; TrainingError if not even these few steps fit into the memory.
     """
+    if automatic := options.get("batch_size") == "auto":
+        del options["batch_size"]
     start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
+    if automatic:
+        start.method = _with_largest_batch(start, seed)
     return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
 
 
@@ -230,11 +235,10 @@ def _train_critic(data, folder, kind, config, common) -> Run:
     return train(name, data, folder, resume=True, critic_width=config.critic_width, **shared, **common)
 
 
-def _with_largest_batch(start: Start, folder: Path, seed: int) -> Method:
-    """The method with the batch size that its run in `folder` has, or with the largest that fits."""
-    path = folder / "config.json"
-    if path.exists():
-        size = json.loads(path.read_text())["config"]["batch_size"]
+def _with_largest_batch(start: Start, seed: int, folder: Path | None = None) -> Method:
+    """The method with the batch size that its run in `folder` was trained with, or with the largest that fits."""
+    if folder is not None and checkpoint.steps(folder):
+        size = json.loads((folder / "config.json").read_text())["config"]["batch_size"]
     else:
         networks = lambda: copy.deepcopy(start.networks())  # noqa: E731
         size = planning.largest_batch(start.method, networks, seed, start.device, len(start.data))
@@ -258,10 +262,12 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         stored = json.loads(path.read_text())
         for source in ("base", "critic"):
             settings[source] = settings[source] or stored.get(source)
-        # a run may be made longer where that does not change its learning rates, and logged otherwise
-        free = {"log_every", "sample_every", "checkpoint_every", "keep", "versions", "config"}
-        if settings["config"]["lr_schedule"] == "constant":
+        # a run may be made longer where that does not change its learning rates, and logged or recomputed otherwise
+        free = {"log_every", "sample_every", "checkpoint_every", "keep", "recompute", "versions", "config"}
+        if settings["config"]["lr_schedule"] == "constant" or not done:
             free |= {"steps", "kimg"}
+        if not done:  # memory was out in the first step
+            free.add("batch_size")
         ours, theirs = (json.loads(json.dumps({**d, **d["config"]})) for d in (settings, stored))
         different = sorted(k for k in ours.keys() | theirs.keys() if k not in free and ours.get(k) != theirs.get(k))
         if different:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from diffgan_fast import random
 from diffgan_fast.graphs import NotCapturable
@@ -71,8 +72,9 @@ def denoise_chain(
     Gradients: of first order, equal to plain autograd's; they are summed apart and handed over once, and no `.grad` is
     touched on the way. Batch norm's running statistics change in the forward pass alone.
     Raises: ValueError for arguments out of range, and for models whose second run is not like the first
-    (DistributedDataParallel, spectral norm in train mode). RuntimeError in the backward pass, if a step depends on a
-    trainable tensor that is no input of the chain, or if an input was changed in place in between.
+    (DistributedDataParallel, spectral norm in train mode, any under `parametrize.cached()`). RuntimeError in the
+    backward pass, if a step depends on a trainable tensor that is no input of the chain, or if an input was changed in
+    place in between.
     Source: Chen et al. 2016 (recomputation); method 2 of "Exploring the Combination of Diffusion Models and Generative
     Adversarial Networks", §4.2.
     """
@@ -81,6 +83,8 @@ def denoise_chain(
     every, last = _interval(recompute), _last_steps(grad_steps, step.T, key)
     if every is None and not (keep_dtype is keep_on is None):
         raise ValueError("keep_dtype and keep_on are None with recompute='none', which keeps no states of its own")
+    if keep_dtype is not None and not keep_dtype.is_floating_point:
+        raise ValueError(f"keep_dtype must be a floating-point type, got {keep_dtype}")
     modules = {name: m for name, m in (("model", model), ("critic", step.critic)) if isinstance(m, nn.Module)}
     _refuse(modules)
     given = dict(cond or {}), dict(uncond or {})
@@ -121,6 +125,8 @@ def _last_steps(grad_steps: int | tuple[int, int] | None, T: int, key: random.Ke
 
 
 def _refuse(modules: dict[str, nn.Module]) -> None:
+    if parametrize._cache_enabled:  # its weights have no graph where a step without one came first
+        raise ValueError("parametrize.cached() must not be around a chain: weights would lose their gradients")
     for role, module in modules.items():
         for name, layer in module.named_modules():
             what = f"{role}: {name or 'itself'!r} ({type(layer).__name__})"

@@ -49,6 +49,7 @@ Sampler = Annotated[str | None, typer.Option(help="ddpm or ddim [default: the ru
 Steps = Annotated[int | None, typer.Option(help="sampling steps [default: the run's]")]
 Eta = Annotated[float | None, typer.Option(help="noise of ddim [default: the run's]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="classifier-free guidance [default: the run's]")]
+Together = Annotated[int | None, typer.Option("--batch", help="samples drawn at a time [default: 500, points 10,000]")]
 LogitScale = Annotated[float | None, typer.Option(help="weight of a guiding critic [default: the run's]")]
 
 
@@ -145,10 +146,12 @@ def sample(
     eta: Eta = None,
     guidance_scale: GuidanceScale = None,
     logit_scale: LogitScale = None,
+    batch: Together = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a run."""
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
+    how |= _told(batch=batch)
     out = out or run / "samples" / f"seed-{seed}.png"
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
@@ -190,10 +193,12 @@ def evaluate(
     eta: Eta = None,
     guidance_scale: GuidanceScale = None,
     logit_scale: LogitScale = None,
+    batch: Together = None,
     device: Device = "auto",
 ) -> None:
     """Measure a run's samples, or samples made by anything else, against a data set."""
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
+    how |= _told(batch=batch)
     names = [name.strip() for given in metrics or () for name in given.split(",")] or None
     if n is not None and n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
@@ -467,6 +472,7 @@ def _scores(rows: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors of use are one line, not a stack trace."""
     errors: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, dgf.BackendError, dgf.TrainingError)
+    errors += (torch.OutOfMemoryError,)
     try:
         with warnings.catch_warnings():
             for kind in (dgf.metrics.SmallSampleWarning, dgf.metrics.SampleRangeWarning):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffgan_fast import random, report
-from diffgan_fast.engine import Batch, Method, precision
+from diffgan_fast.engine import Batch, Method, TrainingError, out_of_memory, precision
 from diffgan_fast.run import build
 
 SHARE = 0.9  # of the free memory that a run may take: workspaces of libraries come on top of what is counted
@@ -33,10 +33,13 @@ TRIES = 3  # timed steps
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way to run a step: peak memory in bytes above what the process holds now, and seconds a step."""
+    """One way to run a step: peak memory in bytes above what the process holds now, and seconds a step.
+
+    Both are math.inf for plain autograd of which not even a short chain fits.
+    """
 
     recompute: str | int | None
-    peak: int
+    peak: float
     seconds: float
 
 
@@ -69,9 +72,9 @@ class Plan:
         rows: list[dict[str, Any]] = [
             {
                 "recompute": "–" if row.recompute is None else str(row.recompute),
-                "memory": f"{row.peak / 2**20:,.0f} MiB",
-                "step": f"{row.seconds:.3g}",
-                "run": f"{row.seconds * self.steps / 60:,.1f} min",
+                "memory": f"{row.peak / 2**20:,.0f} MiB" if math.isfinite(row.peak) else "–",
+                "step": f"{row.seconds:.3g}" if math.isfinite(row.seconds) else "–",
+                "run": f"{row.seconds * self.steps / 60:,.1f} min" if math.isfinite(row.seconds) else "–",
                 "fits": "yes" if self.fits(row) else "no",
             }
             for row in self.rows
@@ -83,16 +86,26 @@ class Plan:
 def measure(method: Method, networks: Callable[[], dict], seed: int, device: torch.device, tries: int = TRIES) -> Plan:
     """The plan of a method with its config's batch size. `networks` gives the networks that are not made anew.
 
-    Of `tries` timed steps the fastest counts; with none, all seconds are 0.
+    Of `tries` timed steps the fastest counts; with none, all seconds are 0. TrainingError if even a short chain, or a
+    method's step, does not fit.
     """
     c: Any = method.config
     n = c.batch_size
 
-    def probe(**changes: Any) -> tuple[int, float]:
+    def probe(**changes: Any) -> tuple[float, float]:
         if hasattr(c, "fakes"):
             changes["fakes"] = n  # they are drawn once, before the first step
+        if hasattr(c, "critic_steps"):
+            changes["critic_steps"] = 0  # the first steps, of the critic alone, take least
         short = type(method)(dataclasses.replace(c, **changes), method.shape, method.num_classes)
-        return _probe(short, networks(), seed, device, tries)
+        try:
+            return _probe(short, networks(), seed, device, tries)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if changes.get("recompute") == "none":
+                return math.inf, math.inf  # it is the others that may fit
+            raise _too_large(n, device) from error
 
     if not hasattr(c, "recompute"):  # the method has no chain
         rows = [Row(None, *probe())]
@@ -118,32 +131,43 @@ def _extrapolated(found, steps, carrying, short, long, state) -> list[Row]:
         return max(found[how][1][1] + slope[how] * (carrying - long) + forward * (steps - carrying) + extra, 0.0)
 
     (at_short, _), (at_long, _) = found["none"]
+    if math.isinf(at_long):
+        plain = Row("none", math.inf, math.inf)
+    else:
+        plain = Row("none", round(at_long + (at_long - at_short) / width * (carrying - long)), seconds("none"))
     k = math.isqrt(carrying)
     kept = found["step"][1][0] - long * state
     return [
-        Row("none", round(at_long + (at_long - at_short) / width * (carrying - long)), seconds("none")),
+        plain,
         Row("step", round(kept + carrying * state), seconds("step")),
         Row(k, round(kept + (math.ceil(carrying / k) + k) * state), seconds("step", forward * carrying * (k - 1) / k)),
     ]
 
 
 def largest_batch(method: Method, networks: Callable[[], dict], seed: int, device: torch.device, most: int) -> int:
-    """The largest batch, up to `most`, whose step fits into the free memory. RuntimeError if not even 1 does."""
+    """The largest batch, up to `most`, whose step fits into the free memory. TrainingError if not even 1 does."""
 
-    def peak(n: int) -> int:
+    def peak(n: int) -> float:
         smaller = type(method)(dataclasses.replace(method.config, batch_size=n), method.shape, method.num_classes)
         plan = measure(smaller, networks, seed, device, tries=0)
         how = getattr(method.config, "recompute", None)
         same = [row for row in plan.rows if row.recompute == how]
         # another interval than the one that is measured: as a kept state each step, which takes no less
-        return (same or [row for row in plan.rows if row.recompute == "step"])[0].peak
+        found = (same or [row for row in plan.rows if row.recompute == "step"])[0].peak
+        if math.isinf(found):
+            raise _too_large(n, device)
+        return found
 
     low, high = peak(4), peak(8)
     each = max((high - low) / 4, 1.0)
     room = SHARE * free_memory(device) - (low - 4 * each)
     if room < each:
-        raise RuntimeError(f"not even one sample fits into the free memory of {device}")
+        raise TrainingError(f"not even one sample fits into the free memory of {device}")
     return max(1, min(most, int(room / each)))
+
+
+def _too_large(n: int, device: torch.device) -> TrainingError:
+    return TrainingError(f"a step at batch_size {n} does not fit into the memory of {device}: give a smaller one")
 
 
 def free_memory(device: torch.device) -> int:

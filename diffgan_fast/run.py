@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, random
 from diffgan_fast import metrics as measures
-from diffgan_fast.engine import Method, State, checkpoint
+from diffgan_fast.engine import Method, State, checkpoint, out_of_memory
 from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 
@@ -126,9 +126,12 @@ class Run:
                 sampler=, eta=, variance=, clip_x0=, guidance_scale=, as for `sampling.Reverse`.
 
         Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
+        Raises: ValueError for arguments out of range; torch.OutOfMemoryError, which tells what to do.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
         if unknown := how.keys() - set(self.method.sampling_options):
             known = ", ".join(self.method.sampling_options) or "none"
             wrong = ", ".join(sorted(unknown))
@@ -148,7 +151,13 @@ class Run:
             for i in range(0, n, batch):
                 given = None if labels is None else labels[i : i + batch]
                 options: dict[str, Any] = dict(first=first + i, ema=ema, labels=given, **how)
-                parts.append(self.method.sample(self.state, min(batch, n - i), key, **options).cpu())
+                try:
+                    parts.append(self.method.sample(self.state, min(batch, n - i), key, **options).cpu())
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    told = f"out of memory with {batch} samples at a time: give a smaller batch"
+                    raise torch.OutOfMemoryError(told) from error
                 bar.update(len(parts[-1]))
         return torch.cat(parts)
 

@@ -56,6 +56,24 @@ def test_a_run_from_training_to_report(trained, capsys, tmp_path):
     assert "report.html" in run(capsys, "report", str(trained)).out
 
 
+def test_out_of_memory_in_sampling_is_one_line_of_advice(trained, capsys, monkeypatch):
+    kind = dgf.methods.find("ddpm")
+    draw = kind.sample
+
+    def limited(self, state, n, key, **options):
+        if n > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, state, n, key, **options)
+
+    monkeypatch.setattr(kind, "sample", limited)
+    for command in ("sample", "evaluate"):
+        found = run(capsys, command, str(trained), "--n", "40", code=2)
+        advice = "diffgan-fast: out of memory with 500 samples at a time: give a smaller batch"
+        assert found.err.splitlines()[-1] == advice
+        run(capsys, command, str(trained), "--n", "40", "--batch", "3")
+    assert "batch must be at least 1, got 0" in run(capsys, "sample", str(trained), "--batch", "0", code=2).err
+
+
 def test_samples_made_by_anything_else_are_measured(capsys, tmp_path):
     data = dgf.data.load("digits", split="test", subset=60)
     np.savez(tmp_path / "s.npz", samples=data.images.permute(0, 2, 3, 1).numpy(), labels=data.labels.numpy())

@@ -119,18 +119,8 @@ def by_hand(shape, *, sampler="ddpm", kept=range(T + 1), eta=0.0, variance="beta
         eps = (1 - s) * without.eps(x, a) + s * of.eps(x, a)
         if t >= logit_from:
             eps = eps - w * (1 - a) ** 0.5 * (DATA.score(x, a) - WRONG.score(x, a))
-        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-        if clip_x0:
-            x0 = x0.clamp(-1, 1)
-            eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
-        var = (1 - a / b) * (1 - b) / (1 - a)  # the posterior's; 0 in the last step
-        if sampler == "ddim":
-            var = eta**2 * var
-            x = b**0.5 * x0 + (1 - b - var) ** 0.5 * eps
-        else:
-            x = b**0.5 * (1 - a / b) / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-            var = 1 - a / b if variance == "beta" and i > 1 else var
-        x = x + var**0.5 * noise(i)
+        step = dict(sampler=sampler, eta=eta, variance=variance, clip_x0=clip_x0)
+        x = oracle.reverse_step(x, eps, a, b, noise(i), **step)
     return x
 
 

@@ -1,5 +1,8 @@
 """The plan of a run: what is counted against what is known, and what is extrapolated against whole chains."""
 
+import functools
+import math
+
 import pytest
 import torch
 
@@ -49,6 +52,46 @@ def test_a_plan_writes_nothing_and_leaves_the_networks_alone(tmp_path, monkeypat
     assert [row.seconds for row in plan.rows] == sorted(row.seconds for row in plan.rows)
 
 
+@pytest.mark.parametrize("method", ["method3", "method4"])
+def test_steps_of_both_networks_are_measured(method):
+    """Not the first ones, in which the critic trains alone: they take a fraction of the memory."""
+    options = dict(width=8, T=4, batch_size=4, subset=16, critic_width=8)
+    (later,), (first,) = (dgf.plan(method, critic_steps=n, **options).rows for n in (0, 400))
+    assert later.peak == first.peak
+
+
+def no_room_for(method, batch, monkeypatch):
+    """Steps of `batch` samples and more with plain autograd, or of more than twice as many, are out of memory."""
+    kind, step = dgf.methods.find(method), dgf.methods.find(method).step
+
+    def limited(self, state, batch_, key):
+        c = self.config
+        if c.batch_size >= (batch if getattr(c, "recompute", "") == "none" else 2 * batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, state, batch_, key)
+
+    monkeypatch.setattr(kind, "step", limited)
+
+
+def test_plain_autograd_that_is_out_of_memory_leaves_the_others(monkeypatch):
+    no_room_for("method2", 6, monkeypatch)
+    options = {k: v for k, v in SMALL.items() if k != "subset"}
+    plan = dgf.plan("method2", batch_size=6, subset=16, **options)
+    assert plan.rows[-1] == planning.Row("none", math.inf, math.inf) and not plan.fits(plan.rows[-1])
+    assert plan.recompute in ("step", 4) and len(plan.rows) == 3
+    assert "inf" not in str(plan) and "nan" not in str(plan)
+    with pytest.raises(dgf.TrainingError, match="a step at batch_size 12 does not fit into the memory of cpu"):
+        dgf.plan("method2", batch_size=12, subset=16, **options)
+    with pytest.raises(dgf.TrainingError, match="a step at batch_size 8 does not fit"):
+        dgf.plan("method2", batch_size="auto", recompute="none", subset=16, **options)
+
+
+def test_a_plan_of_the_largest_batch(monkeypatch):
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
+    plan = dgf.plan("ddpm", batch_size="auto", width=8, T=4, subset=16)
+    assert plan.batch_size == 6
+
+
 def test_what_does_not_fit_is_not_chosen():
     rows = (planning.Row("none", 1000, 1.0), planning.Row("step", 90, 2.0))
     plan = planning.Plan("method2", 1, 1, CPU, 100, rows)
@@ -77,7 +120,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch):
     method = plain(plain.Config.make(width=8, T=4), (1, 8, 8))
     assert planning.largest_batch(method, dict, 0, CPU, 7) == 7
     monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
-    with pytest.raises(RuntimeError, match="not even one sample"):
+    with pytest.raises(dgf.TrainingError, match="not even one sample"):
         planning.largest_batch(method, dict, 0, CPU, 7)
 
 
@@ -100,6 +143,23 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "step", step)
     with pytest.raises(dgf.TrainingError, match="out of memory at step 1: take a batch_size below 8; .*dgf.plan"):
         dgf.train("ddpm", out=tmp_path, batch_size=8, width=8, T=4, steps=1, subset=16, progress=False)
+
+
+@pytest.mark.parametrize("advice", [dict(batch_size=4), dict(batch_size="auto"), dict(recompute="step")], ids=str)
+def test_the_advice_can_be_followed_in_the_same_folder(advice, tmp_path, monkeypatch):
+    """What was trained before the first step, the base, is used."""
+    monkeypatch.setattr(planning, "largest_batch", lambda *_: 4)
+    options = {k: v for k, v in SMALL.items() if k != "subset"} | dict(T=4, subset=16, progress=False, device="cpu")
+    base = dgf.train("ddpm", out=tmp_path / "base", width=8, T=4, steps=1, subset=16, progress=False, device="cpu")
+    no_room_for("method2", 6, monkeypatch)
+    tune = functools.partial(dgf.train, "method2", out=tmp_path, base=base, steps=1, resume=True, **options)
+    with pytest.raises(dgf.TrainingError, match="or recompute='step' or an int"):
+        tune(batch_size=8, recompute="none")
+    run = tune(**dict(batch_size=8, recompute="none") | advice)
+    assert run.state.step == 1 and run.method.config.batch_size == (8 if "recompute" in advice else 4)
+    assert dgf.load(tmp_path).method.config == run.method.config
+    with pytest.raises(ValueError, match="other settings .batch_size"):
+        tune(batch_size=5, recompute="step")
 
 
 def test_memory_that_cannot_be_had_on_the_cpu_is_advised_on_too(tmp_path, monkeypatch):

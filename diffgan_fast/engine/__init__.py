@@ -2,7 +2,7 @@
 
 from diffgan_fast.engine.config import TrainConfig, option
 from diffgan_fast.engine.feed import Feed
-from diffgan_fast.engine.loop import Loop, TrainingError
+from diffgan_fast.engine.loop import Loop, TrainingError, out_of_memory
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.optim import FlatAdamW
 from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch, together
@@ -22,5 +22,6 @@ __all__ = [
     "frozen",
     "measures_batch",
     "option",
+    "out_of_memory",
     "together",
 ]

@@ -29,6 +29,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a loss is not finite, or memory is out."""
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is what torch raises where a device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class Loop:
     """Runs a method's steps from `state.step` to `config.steps`.
 
@@ -121,7 +126,7 @@ class Loop:
             with precision.reduced(c.precision, self.feed.device):
                 losses = self.steps(batch, key)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             raise TrainingError(self._out_of_memory()) from error
         self._pending.append({k: v.detach() for k, v in losses.items()})

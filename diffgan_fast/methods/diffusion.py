@@ -69,6 +69,8 @@ class DiffusionConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sample_steps is not None and self.sample_steps > self.T:
+            raise ValueError(f"sample_steps must be in 1..{self.T}, got {self.sample_steps}")
         if self.clip_x0 and self.data_range == "unit":
             raise ValueError("clip_x0 clamps to [-1, 1]: with data_range='unit' it must be False")
         if self.guidance_scale != 1.0 and not self.conditional:

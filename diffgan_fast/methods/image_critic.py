@@ -105,6 +105,12 @@ class ImageCriticConfig(DiffusionConfig):
         "eval", "mode of the denoiser in the trained chain: eval as in sampling, or train (batch norm by the batch)"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = self.sample_steps or self.T
+        if self.grad_steps is not None and self.grad_steps > steps:
+            raise ValueError(f"grad_steps must be in 1..{steps}, the steps of the chain; got {self.grad_steps}")
+
 
 class ImageCritic(DiffusionMethod):
     """Base of methods 1 and 2."""

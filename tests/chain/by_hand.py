@@ -68,19 +68,8 @@ def by_hand(model, x, *, key=KEY, sampler="ddpm", steps=None, eta=0.0, variance=
                 at = x if x.requires_grad else x.detach().requires_grad_()
                 (g,) = torch.autograd.grad(critic(at, t=told).sum(), at, create_graph=True)
                 eps = eps - logit_scale * rest * g
-            x0 = (x - rest * eps) / root
-            if clip_x0:
-                x0 = x0.clamp(-1, 1)
-                eps = (x - root * x0) / rest
-            var = (1 - a / b) * (1 - b) / (1 - a)  # the posterior's; 0 in the last step
-            if sampler == "ddim":
-                var = eta**2 * var
-                x = b**0.5 * x0 + (1 - b - var) ** 0.5 * eps
-            else:
-                x = b**0.5 * (1 - a / b) / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-                var = 1 - a / b if variance == "beta" and i > 1 else var
-            z = torch.as_tensor(oracle.normal(x.numel(), dgf.random.fold_in(key, i))).reshape(x.shape)
-            x = x + (var**0.5 * z).to(x.dtype)
+            z = torch.as_tensor(oracle.normal(x.numel(), dgf.random.fold_in(key, i))).reshape(x.shape).to(x.dtype)
+            x = oracle.reverse_step(x, eps, a, b, z, sampler=sampler, eta=eta, variance=variance, clip_x0=clip_x0)
     return x
 
 

@@ -85,6 +85,7 @@ def test_memory_format_is_kept():
         (dict(key=torch.tensor([3.0])), "key must be"),
         (dict(recompute="none", keep_dtype=torch.bfloat16), "keep_dtype and keep_on are None with recompute='none'"),
         (dict(recompute="none", keep_on="cpu"), "keep_dtype and keep_on"),
+        (dict(keep_dtype=torch.int16), "keep_dtype must be a floating-point type, got torch.int16"),
         (dict(sampler="heun"), "sampler must be"),
         (dict(steps=T + 1), "steps must be"),
         (dict(prediction="score"), "prediction must be"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import diffgan_fast as dgf
 from tests.chain.by_hand import (
@@ -289,3 +290,14 @@ def test_spectral_norm(norm, where):
     want = gradients(by_hand(model, x), inputs)
     for recompute in RECOMPUTED:
         agree(gradients(chain(model, x, recompute=recompute), inputs), want)
+
+
+def test_weight_norm():
+    model, x = Net().double(), start()
+    parametrizations.weight_norm(model.enter)
+    inputs = [x, *trained(model.enter), *trained(model.leave)]
+    want = gradients(by_hand(model, x), inputs)
+    for recompute in RECOMPUTED:
+        agree(gradients(chain(model, x, recompute=recompute), inputs), want)
+        with parametrize.cached(), pytest.raises(ValueError, match="cached.. must not be around a chain"):
+            chain(model, x, recompute=recompute)

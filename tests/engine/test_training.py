@@ -296,6 +296,7 @@ BAD = [
     (dict(preset="nope"), "preset must be one of: paper, student"),
     (dict(ema=2.0), "ema must be 0..1"),
     (dict(data_range="unit"), "clip_x0"),
+    (dict(T=4, sample_steps=5), r"sample_steps must be in 1\.\.4, got 5"),  # and not when all is trained
 ]
 
 

@@ -97,18 +97,8 @@ def sample(model, shape, key, *, sampler="ddpm", kept=range(T + 1), eta=0.0, var
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(critic(at, t=told).sum(), at)
             eps = eps - w * rest * gradient
-        x0 = (x - rest * eps) / root
-        if clip_x0:
-            x0 = x0.clamp(-1, 1)
-            eps = (x - root * x0) / rest
-        var = (1 - a / b) * (1 - b) / (1 - a)  # the posterior's; 0 in the last step
-        if sampler == "ddim":
-            var = eta**2 * var
-            x = b**0.5 * x0 + (1 - b - var) ** 0.5 * eps
-        else:
-            x = b**0.5 * (1 - a / b) / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-            var = 1 - a / b if variance == "beta" and i > 1 else var
-        x = x + var**0.5 * noise(shape, dgf.random.fold_in(key, i), first)
+        z = noise(shape, dgf.random.fold_in(key, i), first)
+        x = oracle.reverse_step(x, eps, a, b, z, sampler=sampler, eta=eta, variance=variance, clip_x0=clip_x0)
     return x
 
 

@@ -1,6 +1,6 @@
 """Independent oracles: the documented formulas in NumPy, float64, one element at a time.
 
-Nothing of the library is used.
+Nothing of the library is used. `reverse_step` is of whole arrays, NumPy's or torch's.
 """
 
 import math
@@ -54,3 +54,23 @@ def linear_schedule(T, beta_1=1e-4, beta_T=0.02):
     for t in range(1, T + 1):
         abar[t] = abar[t - 1] * (1 - beta[t])
     return beta, 1 - beta, abar
+
+
+def reverse_step(x, eps, a, b, z, *, sampler="ddpm", eta=0.0, variance="beta", clip_x0=False):
+    """x at abar = b from x at abar = a < b, by the noise that is predicted in it and the step's normals z.
+
+    ddpm: Ho et al. 2020, Eqs. 6 and 7; ddim: Song et al. 2021, Eqs. 12 and 16. Nothing is added where b = 1.
+    """
+    root, rest = a**0.5, (1 - a) ** 0.5
+    x0 = (x - rest * eps) / root
+    if clip_x0:
+        x0 = x0.clip(-1, 1)
+        eps = (x - root * x0) / rest
+    var = (1 - a / b) * (1 - b) / (1 - a)  # the posterior's
+    if sampler == "ddim":
+        var = eta**2 * var
+        x = b**0.5 * x0 + (1 - b - var) ** 0.5 * eps
+    else:
+        x = b**0.5 * (1 - a / b) / (1 - a) * x0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
+        var = 1 - a / b if variance == "beta" and b < 1 else var
+    return x + var**0.5 * z
