@@ -23,7 +23,7 @@ namespace dgf {
 namespace {
 
 constexpr int64_t kInputs = 64;  // of a layer, whose weights' gradient is one task
-constexpr int64_t kDepth = 512;  // rows that a weights' gradient adds up at a time, for the same reason
+constexpr int64_t kDepth = 128;  // rows that a weights' gradient adds up at a time, for the same reason
 
 // ---- memory ----
 
@@ -77,6 +77,14 @@ template <class A> class Room : Memory {
   explicit Room(int64_t n) : Memory((n + 1) * static_cast<int64_t>(sizeof(A))) {}
   operator A*() const { return static_cast<A*>(data()); }
 };
+
+// one(task) for all tasks, on torch's threads. Tasks differ in size: who is free takes the next.
+template <class One> void for_tasks(int64_t tasks, One&& one) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) one(i);
+  });
+}
 
 // ---- products ----
 
@@ -167,11 +175,12 @@ template <class A> void multiply(int64_t m, const A* a, const Factor<A>& b, Fini
   if (f.bias || f.gate || f.add || f.active) finish_all(m, b.n, sums, b.n, f);
 }
 
-// A layer's gradient delta^T h over all rows, delta [N, outputs] and h [N, inputs], and the sums of delta.
+// A layer's gradient delta^T h over all rows, delta [N, outputs] and h [N, inputs], and the sums of delta over `biased`.
 template <class A> struct Gradient {
   const A *delta, *h;
   int64_t outputs, inputs;
   A *weight, *bias;  // bias may be null
+  int64_t biased;    // first rows, of which the bias's gradient is the sum
 };
 
 // Columns first … first + n of a layer's gradient.
@@ -199,9 +208,9 @@ template <class A> void weight_gradient(int64_t N, const Gradient<A>& g, int64_t
        int(g.inputs));
 }
 
-template <class A> void bias_gradient(int64_t N, const Gradient<A>& g) {
+template <class A> void bias_gradient(const Gradient<A>& g) {
   std::fill_n(g.bias, g.outputs, A(0));
-  for (int64_t r = 0; r < N; ++r) {
+  for (int64_t r = 0; r < g.biased; ++r) {
     const A* __restrict delta = g.delta + r * g.outputs;
     A* __restrict bias = g.bias;
     for (int64_t j = 0; j < g.outputs; ++j) bias[j] += delta[j];
@@ -212,13 +221,10 @@ template <class A> void gradients(int64_t N, const std::vector<Gradient<A>>& all
   std::vector<std::pair<const Gradient<A>*, int64_t>> tasks;
   for (const auto& g : all)
     for (int64_t first = 0; first < g.inputs; first += kInputs) tasks.emplace_back(&g, first);
-  std::atomic<size_t> next{0};  // tasks differ in size: who is free takes the next
-  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < tasks.size(); i = next++) {
-      const auto& [g, first] = tasks[i];
-      weight_gradient(N, *g, first, g->inputs - first < kInputs ? g->inputs - first : kInputs);
-      if (first == 0 && g->bias) bias_gradient(N, *g);
-    }
+  for_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const auto& [g, first] = tasks[static_cast<size_t>(i)];
+    weight_gradient(N, *g, first, g->inputs - first < kInputs ? g->inputs - first : kInputs);
+    if (first == 0 && g->bias) bias_gradient(*g);
   });
 }
 

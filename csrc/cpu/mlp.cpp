@@ -77,11 +77,15 @@ template <class Fn> auto with_real(const Tensor& x, Fn&& f) {
   return f(float());
 }
 
-// one(first row, rows) for blocks of rows, on torch's threads.
+int64_t row_blocks(int64_t n) { return (n + kRows - 1) / kRows; }
+
+// one(first row, rows) of block b of n rows
+template <class One> void of_block(int64_t b, int64_t n, One&& one) {
+  one(b * kRows, b * kRows + kRows < n ? kRows : n - b * kRows);
+}
+
 template <class One> void for_rows(int64_t n, One&& one) {
-  torch::stable::parallel_for(0, (n + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) one(b * kRows, b * kRows + kRows < n ? kRows : n - b * kRows);
-  });
+  for_tasks(row_blocks(n), [&](int64_t b) { of_block(b, n, one); });
 }
 
 // f(z_0) … f(z_{layers-2}) of a block of rows; that of z_i stands at actives + i * stride.
@@ -97,6 +101,22 @@ void hidden_layers(const Net<A>& net, const Factors<A>& forward, int64_t m, cons
     if (net.skip && i > 0) f.add = z;
     if (net.skip && i < last) f.out = z;
     multiply(m, i == 0 ? x : actives + (i - 1) * stride, forward[i], f);
+  }
+}
+
+// Gradients of z_{layers-2} … z_0 of a block of rows, given that of its output; that of z_i stands at deltas + i * stride.
+// `back`: the factors of layers 1 … layers - 1, from `first` on.
+template <class A>
+void hidden_gradients(const Net<A>& net, const Factors<A>& back, int64_t first, int64_t m, const A* above, const A* actives,
+                      A* deltas, int64_t stride) {
+  for (int64_t i = net.layers() - 1; i >= 1; --i) {
+    Finish<A> f;
+    f.gate = actives + (i - 1) * stride;
+    f.slope = net.slope;
+    f.add = net.skip && i < net.layers() - 1 ? above : nullptr;
+    f.out = deltas + (i - 1) * stride;
+    multiply(m, above, back[first + i - 1], f);
+    above = f.out;
   }
 }
 
@@ -148,20 +168,11 @@ std::tuple<Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor hidden, st
     const Factors<A> back(net.factors(false, lowest, L));
     Room<A> deltas((L - 1) * N * H);  // gradients of z_0 …
     for_rows(N, [&](int64_t r, int64_t m) {
-      const A* above = g + r * K;  // gradient of layer i's output
-      for (int64_t i = L - 1; i >= 1; --i) {
-        Finish<A> f;
-        f.gate = actives + ((i - 1) * N + r) * H;
-        f.slope = net.slope;
-        f.add = skip && i < L - 1 ? above : nullptr;
-        f.out = deltas + ((i - 1) * N + r) * H;
-        multiply(m, above, back[i - lowest], f);
-        above = f.out;
-      }
+      hidden_gradients<A>(net, back, 1 - lowest, m, g + r * K, actives + r * H, deltas + r * H, N * H);
       if (!gx) return;
       Finish<A> f;
       f.out = gx + r * net.inputs();
-      multiply(m, above, back[0], f);
+      multiply<A>(m, deltas + r * H, back[0], f);
     });
     if (want_parameters) {
       std::vector<Gradient<A>> all;
@@ -169,7 +180,7 @@ std::tuple<Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor hidden, st
       for (int64_t i = 0; i < L; ++i) {
         const int64_t o = net.widths[static_cast<size_t>(i) + 1], k = net.widths[static_cast<size_t>(i)];
         const A* delta = i == L - 1 ? g : deltas + i * N * H;
-        all.push_back({delta, i == 0 ? in : actives + (i - 1) * N * H, o, k, out, out + o * k});
+        all.push_back({delta, i == 0 ? in : actives + (i - 1) * N * H, o, k, out, out + o * k, N});
         out += o * (k + 1);
       }
       gradients(N, all);
@@ -178,71 +189,184 @@ std::tuple<Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor hidden, st
   });
 }
 
+// Three passes of a gradient penalty through a network without skips: masks, g = sum of the outputs' gradients with
+// respect to x's first `judged` columns, and the tangent along v = weight dP/dg. See diffgan_fast/ops/penalty.py.
+template <class A> struct Penalty {
+  const Net<A>& net;
+  const Factors<A>&forward, &back;  // of all layers but the last
+  int64_t rows, judged;
+  double center, weight;
+  // all rows': gradients and tangents, layers `stride` apart, v, and the outputs' gradients
+  A *deltas, *tangents, *v, *ones;
+  int64_t stride;
+  std::vector<A> top{};            // the gradient of the outputs' sum at the last hidden layer
+  std::vector<double> squares{};  // (||g|| - center)^2 of each row
+
+  Penalty& prepare() {
+    STD_TORCH_CHECK(judged >= 1 && judged <= net.inputs() && net.biases.size() == net.weights.size(),
+                    "diffgan_fast: judged columns must be 1 … the input's, and every layer must have a bias");
+    const int64_t H = net.hidden();
+    top.resize(static_cast<size_t>(H));
+    for (int64_t k = 0; k < net.outputs(); ++k)
+      for (int64_t j = 0; j < H; ++j) top[static_cast<size_t>(j)] += net.weights.back()[k * H + j];
+    squares.resize(static_cast<size_t>(rows));
+    return *this;
+  }
+
+  void block(int64_t r, int64_t m, const A* x) {
+    const int64_t D = net.inputs(), H = net.hidden(), K = net.outputs(), L = net.layers();
+    Room<A> actives((L - 1) * m * H);
+    hidden_layers<A>(net, forward, m, x, actives, m * H);
+    const auto through = [&](int64_t i, A* out) {  // the slopes of layer i
+      Finish<A> f;
+      f.gate = actives + i * m * H;
+      f.slope = net.slope;
+      f.stride = H;
+      f.out = out + i * stride + r * H;
+      return f;
+    };
+    finish_all<A>(m, H, top.data(), 0, through(L - 2, deltas));
+    for (int64_t i = L - 3; i >= 0; --i)
+      multiply<A>(m, deltas + (i + 1) * stride + r * H, back[i + 1], through(i, deltas));
+    A* h = v + r * D;
+    Finish<A> f;
+    f.out = h;
+    multiply<A>(m, deltas + r * H, back[0], f);
+    for (int64_t n = 0; n < m; ++n) {
+      double sum = 0;
+      for (int64_t j = 0; j < judged; ++j) sum += double(h[n * D + j]) * double(h[n * D + j]);
+      const double norm = std::sqrt(sum), scale = 2 * weight / double(rows);
+      squares[static_cast<size_t>(r + n)] = center == 0 ? sum : (norm - center) * (norm - center);
+      const double factor = center == 0 ? scale : norm > 0 ? scale * (norm - center) / norm : 0;
+      for (int64_t j = 0; j < D; ++j) h[n * D + j] = j < judged ? static_cast<A>(factor * h[n * D + j]) : A(0);
+      for (int64_t k = 0; k < K; ++k) ones[(r + n) * K + k] = A(1);
+    }
+    for (int64_t i = 0; i < L - 1; ++i) {
+      multiply<A>(m, h, forward[i], through(i, tangents));
+      h = tangents + i * stride + r * H;
+    }
+  }
+
+  double mean() const {
+    double total = 0;
+    for (double s : squares) total += s;
+    return total / double(rows);
+  }
+};
+
 // The gradient penalty of a network without skips, and its flat gradient (of the weights; the biases' is 0), from four
-// passes and no graph: masks, g = sum of the outputs' gradients with respect to x's first `judged` columns, the tangent
-// along v = dP/dg, and the products. See diffgan_fast/ops/penalty.py.
+// passes and no graph.
 std::tuple<Tensor, Tensor> mlp_penalty(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, double slope,
                                        int64_t judged, double center) {
   return with_real(x, [&](auto real) -> std::tuple<Tensor, Tensor> {
     using A = decltype(real);
     const Net<A> net = make_net<A>(x, weights, biases, slope, false);
     const int64_t N = x.size(0), D = net.inputs(), H = net.hidden(), K = net.outputs(), L = net.layers();
-    STD_TORCH_CHECK(judged >= 1 && judged <= D && net.biases.size() == net.weights.size(),
-                    "diffgan_fast: judged columns must be 1 … the input's, and every layer must have a bias");
     int64_t count = 0;
     for (size_t i = 0; i < net.weights.size(); ++i) count += net.widths[i] * net.widths[i + 1];
     Tensor flat = uninitialized_vector(x, count), mean = uninitialized(x, 0, nullptr, nullptr);
     const A* in = static_cast<const A*>(x.data_ptr());
-    std::vector<A> top(static_cast<size_t>(H));  // the gradient of the outputs' sum at the last hidden layer
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t j = 0; j < H; ++j) top[static_cast<size_t>(j)] += net.weights.back()[k * H + j];
     const Factors<A> forward(net.factors(true, 0, L - 1)), back(net.factors(false, 0, L - 1));
     Room<A> deltas((L - 1) * N * H), tangents((L - 1) * N * H), v(N * D), ones(N * K);
-    std::vector<double> squares(static_cast<size_t>(N));
-    for_rows(N, [&](int64_t r, int64_t m) {
-      Room<A> actives((L - 1) * m * H);
-      hidden_layers<A>(net, forward, m, in + r * D, actives, m * H);
-      const auto through = [&](int64_t i, A* out) {  // the slopes of layer i
-        Finish<A> f;
-        f.gate = actives + i * m * H;
-        f.slope = net.slope;
-        f.stride = H;
-        f.out = out + (i * N + r) * H;
-        return f;
-      };
-      finish_all<A>(m, H, top.data(), 0, through(L - 2, deltas));
-      for (int64_t i = L - 3; i >= 0; --i)
-        multiply<A>(m, deltas + ((i + 1) * N + r) * H, back[i + 1], through(i, deltas));
-      A* h = v + r * D;
-      Finish<A> f;
-      f.out = h;
-      multiply<A>(m, deltas + r * H, back[0], f);
-      for (int64_t n = 0; n < m; ++n) {
-        double sum = 0;
-        for (int64_t j = 0; j < judged; ++j) sum += double(h[n * D + j]) * double(h[n * D + j]);
-        const double norm = std::sqrt(sum);
-        squares[static_cast<size_t>(r + n)] = center == 0 ? sum : (norm - center) * (norm - center);
-        const double factor = center == 0 ? 2.0 / double(N) : norm > 0 ? 2 * (norm - center) / (norm * double(N)) : 0;
-        for (int64_t j = 0; j < D; ++j) h[n * D + j] = j < judged ? static_cast<A>(factor * h[n * D + j]) : A(0);
-        for (int64_t k = 0; k < K; ++k) ones[(r + n) * K + k] = A(1);
-      }
-      for (int64_t i = 0; i < L - 1; ++i) {
-        multiply<A>(m, h, forward[i], through(i, tangents));
-        h = tangents + (i * N + r) * H;
-      }
-    });
-    double total = 0;
-    for (double s : squares) total += s;
-    *static_cast<A*>(mean.data_ptr()) = static_cast<A>(total / double(N));
+    Penalty<A> penalty{net, forward, back, N, judged, center, 1.0, deltas, tangents, v, ones, N * H};
+    penalty.prepare();
+    for_rows(N, [&](int64_t r, int64_t m) { penalty.block(r, m, in + r * D); });
+    *static_cast<A*>(mean.data_ptr()) = static_cast<A>(penalty.mean());
     std::vector<Gradient<A>> all;
     A* out = static_cast<A*>(flat.data_ptr());
     for (int64_t i = 0; i < L; ++i) {
       const int64_t o = net.widths[static_cast<size_t>(i) + 1], k = net.widths[static_cast<size_t>(i)];
-      all.push_back({i == L - 1 ? ones : deltas + i * N * H, i == 0 ? v : tangents + (i - 1) * N * H, o, k, out, nullptr});
+      const A* delta = i == L - 1 ? ones : deltas + i * N * H;
+      all.push_back({delta, i == 0 ? v : tangents + (i - 1) * N * H, o, k, out, nullptr, 0});
       out += o * k;
     }
     gradients(N, all);
     return {mean, flat};
+  });
+}
+
+// ---- a critic's step ----
+
+struct Judgement {
+  double loss, slope;
+};
+
+// What a logit z costs the critic, which pushes those of real samples up: see diffgan_fast/adversarial.py.
+Judgement judge(int64_t loss, bool real, double z) {
+  const double s = real ? -1 : 1, y = s * z;
+  switch (loss) {
+    case 0: return {(y > 0 ? y : 0) + std::log1p(std::exp(-std::fabs(y))), s / (1 + std::exp(-y))};
+    case 1: return {y > -1 ? 1 + y : 0, y > -1 ? s : 0};
+    case 2: return {0.5 * (real ? z - 1 : z) * (real ? z - 1 : z), real ? z - 1 : z};
+    default: return {y, s};
+  }
+}
+
+// A critic's loss on real and fake samples, plus `weight` times its gradient penalty at `between` (which may have no
+// rows); the logits of real, then fake samples; the loss's flat gradient. Every weight becomes panels once, and every
+// layer's gradient is one product.
+std::tuple<Tensor, Tensor, Tensor> mlp_critic(Tensor real, Tensor fake, Tensor between, std::vector<Tensor> weights,
+                                              std::vector<Tensor> biases, double slope, int64_t loss, int64_t judged,
+                                              double center, double weight) {
+  return with_real(real, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using A = decltype(zero);
+    const Net<A> net = make_net<A>(real, weights, biases, slope, false);
+    const int64_t D = net.inputs(), H = net.hidden(), K = net.outputs(), L = net.layers();
+    for (const Tensor& x : {fake, between})
+      STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() == 2 && x.size(1) == D &&
+                          x.scalar_type() == real.scalar_type(),
+                      "diffgan_fast: real, fake and between must be alike");
+    STD_TORCH_CHECK(fake.size(0) == real.size(0), "diffgan_fast: expected as many fake samples as real ones");
+    STD_TORCH_CHECK(loss >= 0 && loss <= 3, "diffgan_fast: there is no such loss");
+    const int64_t N = 2 * real.size(0), M = between.size(0), R = N + M, out_size[2] = {N, K}, out_strides[2] = {K, 1};
+    Tensor mean = uninitialized(real, 0, nullptr, nullptr), flat = uninitialized_vector(real, net.parameters());
+    Tensor logits = uninitialized(real, 2, out_size, out_strides);
+    A* z = static_cast<A*>(logits.data_ptr());
+    // rows of real, fake and penalised samples; the last have v and tangents in place of inputs and layers
+    Room<A> inputs(R * D), actives((L - 1) * R * H), deltas((L - 1) * R * H), ends(R * K);
+    std::copy_n(static_cast<const A*>(real.data_ptr()), N / 2 * D, inputs + 0);
+    std::copy_n(static_cast<const A*>(fake.data_ptr()), N / 2 * D, inputs + N / 2 * D);
+    const A* middle = static_cast<const A*>(between.data_ptr());
+    const Factors<A> forward(net.factors(true, 0, L)), back(net.factors(false, 0, L));
+    Penalty<A> penalty{net,          forward,      back,         M,           judged, center, weight,
+                       deltas + N * H, actives + N * H, inputs + N * D, ends + N * K, R * H};
+    penalty.prepare();
+    std::vector<double> losses(static_cast<size_t>(N * K));
+    const double count = double(N / 2 * K);
+    const auto judge_rows = [&](int64_t r, int64_t m) {
+      hidden_layers<A>(net, forward, m, inputs + r * D, actives + r * H, R * H);
+      Finish<A> f;
+      f.bias = net.biases.back();
+      f.out = z + r * K;
+      multiply<A>(m, actives + (L - 2) * R * H + r * H, forward[L - 1], f);
+      for (int64_t e = r * K; e < (r + m) * K; ++e) {
+        const Judgement of = judge(loss, e < N / 2 * K, double(z[e]));
+        losses[static_cast<size_t>(e)] = of.loss;
+        ends[e] = static_cast<A>(of.slope / count);
+      }
+      hidden_gradients<A>(net, back, 1, m, ends + r * K, actives + r * H, deltas + r * H, R * H);
+    };
+    const int64_t first = row_blocks(M);  // those of the penalty take longest
+    for_tasks(first + row_blocks(N), [&](int64_t b) {
+      if (b < first) {
+        of_block(b, M, [&](int64_t r, int64_t m) { penalty.block(r, m, middle + r * D); });
+      } else {
+        of_block(b - first, N, judge_rows);
+      }
+    });
+    double total = 0;
+    for (double l : losses) total += l;
+    *static_cast<A*>(mean.data_ptr()) = static_cast<A>(total / count + (M ? weight * penalty.mean() : 0));
+    std::vector<Gradient<A>> all;
+    A* out = static_cast<A*>(flat.data_ptr());
+    for (int64_t i = 0; i < L; ++i) {
+      const int64_t o = net.widths[static_cast<size_t>(i) + 1], k = net.widths[static_cast<size_t>(i)];
+      const A *delta = i == L - 1 ? ends : deltas + i * R * H, *h = i == 0 ? inputs : actives + (i - 1) * R * H;
+      all.push_back({delta, h, o, k, out, out + o * k, N});
+      out += o * (k + 1);
+    }
+    gradients(R, all);
+    return {mean, logits, flat};
   });
 }
 
@@ -254,4 +378,5 @@ STABLE_TORCH_LIBRARY_IMPL(diffgan_fast, CPU, m) {
   m.impl("mlp", TORCH_BOX(&dgf::mlp));
   m.impl("mlp_backward", TORCH_BOX(&dgf::mlp_backward));
   m.impl("mlp_penalty", TORCH_BOX(&dgf::mlp_penalty));
+  m.impl("mlp_critic", TORCH_BOX(&dgf::mlp_critic));
 }

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from diffgan_fast import nets, random
-from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
+from diffgan_fast.adversarial import GanLoss, critic_objective, generator_loss
 from diffgan_fast.engine import Batch, State, frozen, option
 from diffgan_fast.instance_noise import AdaptiveDiffusion, Preset, Rebuilt, Variant
 from diffgan_fast.methods.generator import GeneratorConfig, GeneratorMethod
@@ -33,12 +33,12 @@ class BehindNoise(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | None, key: random.Key, first_sample: int = 0) -> torch.Tensor:
         """The logits of x with noise of level t (None: drawn)."""
-        return self.judge(x, t, key, first_sample)[0]
-
-    def judge(self, x, t, key, first_sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits, t)."""
         y, t = self.diffusion(x, t, key, first_sample=first_sample)
-        return self.critic(y, t=t, level=self.diffusion.level(t)), t
+        return self.critic(y, **self.told(t))
+
+    def told(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the critic is told of a noisy sample."""
+        return {"t": t, "level": self.diffusion.level(t)}
 
 
 def losses(
@@ -73,9 +73,13 @@ def losses(
 
 def _critic_side(judge, x0, fake, key, gan_loss, first, paired):
     """(loss, logits of real and fake, t of the real samples)."""
-    on_real, t = judge.judge(x0, None, random.fold_in(key, "real"), first)
-    on_fake = judge(fake.detach(), t if paired else None, random.fold_in(key, "fake"), first)
-    return critic_loss(on_real, on_fake, gan_loss), (on_real, on_fake), t
+    y, t = judge.diffusion(x0, None, random.fold_in(key, "real"), first_sample=first)
+    y_fake, t_fake = judge.diffusion(
+        fake.detach(), t if paired else None, random.fold_in(key, "fake"), first_sample=first
+    )
+    told = dict(cond=judge.told(t), fake_cond=judge.told(t_fake))
+    loss, on_real, on_fake = critic_objective(judge.critic, y, y_fake, gan_loss, **told)
+    return loss, (on_real, on_fake), t
 
 
 def _generator_side(judge, fake, key, gan_loss, first):
@@ -162,5 +166,5 @@ class DiffusionGAN(GeneratorMethod):
             train_generator(fake)
         logged |= {"critic_loss": loss, "real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
         logged |= {"p": diffusion.p.clone(), "T": diffusion.T.clone()}
-        state.outside(lambda key: diffusion.update(on_real.detach(), random.fold_in(key, "levels")), key)
+        state.outside(lambda key: diffusion.update(on_real, random.fold_in(key, "levels")), key)
         return logged

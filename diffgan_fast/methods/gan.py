@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from diffgan_fast import random
-from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
+from diffgan_fast.adversarial import GanLoss, critic_objective, generator_loss
 from diffgan_fast.engine import Batch, State, frozen
 from diffgan_fast.methods.generator import GeneratorConfig, GeneratorMethod
 
@@ -38,14 +38,13 @@ def losses(
         leaves the critic's gradients alone.
     """
     fake = generator(z).to(z.dtype)
-    # real and fake go in apart: in one batch, batch norm would mix their statistics
-    on_real, on_fake = critic(x0), critic(fake.detach())
+    loss, on_real, on_fake = critic_objective(critic, x0, fake, gan_loss)
 
     def fooled() -> torch.Tensor:
         with frozen(critic):
             return generator_loss(critic(fake), gan_loss)
 
-    return critic_loss(on_real, on_fake, gan_loss), fooled, (on_real, on_fake)
+    return loss, fooled, (on_real, on_fake)
 
 
 @dataclass(kw_only=True)

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from diffgan_fast import nets, random
-from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
-from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, measures_batch, option
+from diffgan_fast.adversarial import GanLoss, critic_objective, generator_loss
+from diffgan_fast.engine import Batch, FlatAdamW, State, frozen, option
 from diffgan_fast.methods.diffusion import DiffusionConfig, DiffusionMethod, noise_levels, reconstruction
-from diffgan_fast.ops import add_noise, denoising_loss, gradient_penalty, posterior_step
+from diffgan_fast.ops import add_noise, denoising_loss, posterior_step
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
@@ -80,16 +80,16 @@ def losses(
                 posterior_step(x, x_t, t, schedule, random.fold_in(key, name), first_sample=first_sample)
                 for name, x in (("real", real), ("fake", fake))
             )
-    if measures_batch(critic):  # in one batch, batch norm would mix the statistics of real and fake samples
-        on_real, on_fake = (critic(x, t=t, x_t=x_t) for x in (real, fake.detach()))
-    else:
-        both = critic(torch.cat((real, fake.detach())), t=torch.cat((t, t)), x_t=torch.cat((x_t, x_t)))
-        on_real, on_fake = both.split(len(x0))
-    loss = critic_loss(on_real, on_fake, gan_loss)
-    if gp_weight:
-        between = random.fold_in(key, "between")
-        penalty = gradient_penalty(critic, real, fake, between, first_sample=first_sample, t=t, x_t=x_t)
-        loss = loss + gp_weight * penalty
+    loss, _, _ = critic_objective(
+        critic,
+        real,
+        fake,
+        gan_loss,
+        gp_weight=gp_weight,
+        key=random.fold_in(key, "between"),
+        first_sample=first_sample,
+        cond={"t": t, "x_t": x_t},
+    )
 
     def denoiser_loss() -> tuple[torch.Tensor, torch.Tensor]:
         if variant == "as-coded":  # x_t does not depend on the denoiser: the adversarial term has no gradient

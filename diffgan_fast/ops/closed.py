@@ -166,23 +166,23 @@ class _Closed(torch.autograd.Function):
         return None, None, *([None] * len(products)), *(p * grad for p in products)
 
 
+def as_mlp(net: nn.Sequential) -> tuple[list[torch.Tensor], list[torch.Tensor | None], float] | None:
+    """The weights, biases and slope of linear layers with one kind of (Leaky)ReLU between, else None."""
+    layers = list(net)
+    linears = [layer for layer in layers[::2] if type(layer) is nn.Linear]
+    activations = [layer for layer in layers[1::2] if isinstance(layer, nn.ReLU | nn.LeakyReLU)]
+    slopes = {getattr(layer, "negative_slope", 0.0) for layer in activations}
+    if len(linears) != len(activations) + 1 or len(linears) + len(activations) != len(layers) or len(slopes) != 1:
+        return None
+    return [layer.weight for layer in linears], [layer.bias for layer in linears], slopes.pop()
+
+
 def closed_penalty(net: nn.Sequential, x: torch.Tensor, judged: int, center: float, penalty: Penalty) -> torch.Tensor:
     """The penalty of g, the gradient of the sum of net(x)'s outputs with respect to x's first `judged` channels."""
     weights = weights_of(net)
-    activations = [layer for layer in net if isinstance(layer, nn.ReLU | nn.LeakyReLU)]
-    linears = [layer for layer in net if isinstance(layer, nn.Linear)]
-    slopes = {getattr(layer, "negative_slope", 0.0) for layer in activations}
-    biases = [layer.bias for layer in linears]
-    is_mlp = (
-        len(linears) > 1
-        and len(slopes) == 1
-        and [type(layer) is nn.Linear for layer in net] == [i % 2 == 0 for i in range(len(net))]
-        and len(net) == len(linears) + len(activations) == 2 * len(linears) - 1
-    )
-
     with torch.no_grad():
-        if is_mlp and (op := penalty_op(x, weights, biases, slope := slopes.pop())):
-            value, flat = op(x.contiguous(), weights, biases, slope, judged, center)
+        if (mlp := as_mlp(net)) and (op := penalty_op(x, *mlp)):
+            value, flat = op(x.contiguous(), *mlp, judged, center)
             products = split(flat, weights, False)
         else:
             value, products = _four_passes(net, x, judged, penalty)

@@ -282,7 +282,7 @@ def _penalty(critic, x, center, mode, cond):
     eager = nullcontext() if compiling else torch.compiler.set_stance("force_eager")
     with eager, torch.autocast(x.device.type, enabled=False):
         if mode == "closed" or (mode == "auto" and not compiling):
-            net, reason = _in_closed_form(critic, mode, cond)
+            net, reason = in_closed_form(critic, mode, cond)
             if net is not None:
                 joined, derivative = x if net is critic else critic.join(x, **cond), _value_and_derivative
                 return closed.closed_penalty(net, joined, x.shape[1], center, lambda g: derivative(g, center))
@@ -298,7 +298,7 @@ def _value_and_derivative(g: torch.Tensor, center: float) -> tuple[torch.Tensor,
     return value, _GRADIENT_NORM_GRAD.on(g.device.type)(g, norms, torch.ones_like(value), center)
 
 
-def _in_closed_form(critic, mode, cond) -> tuple[torch.nn.Sequential | None, str | None]:
+def in_closed_form(critic, mode, cond) -> tuple[torch.nn.Sequential | None, str | None]:
     """The network that a critic's logits come from, or None and why the closed form does not apply.
 
     A critic with `main` and `join` must say that its logits are main(join(x, …)): its `forward` carries the mark of
