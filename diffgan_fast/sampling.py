@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from diffgan_fast import ops, random
+from diffgan_fast.graphs import Recorder
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
@@ -69,34 +71,47 @@ class Reverse:
         if self.steps is not None:
             self.schedule = self.schedule.respace(self.steps)
         self._told: list[int] = self.schedule.timesteps.tolist()
+        self._told_on: dict[torch.device, torch.Tensor] = {}
 
     @property
     def T(self) -> int:
         """The number of steps."""
         return self.schedule.T
 
+    def guides(self, t: int) -> bool:
+        """Whether the critic, if there is one, guides at step t."""
+        return self._told[t] >= self.logit_from
+
     def step(
         self,
         model: Denoiser,
         x: torch.Tensor,
-        t: int,
+        t: int | torch.Tensor,
         key: random.Key,
         *,
+        guided: bool | None = None,
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
         first_sample: int = 0,
     ) -> torch.Tensor:
         """x_{t-1} from x_t = x [N, …]; t in 1..T counts the steps that are made, and `key` is that of this step.
 
-        Differentiable where gradients are enabled, through the critic's gradient too.
+        Differentiable where gradients are enabled, through the critic's gradient too. In a CUDA graph t is an int64
+        tensor with one number on x's device, and `guided` says what `guides(t)` does.
         """
-        told = torch.full((1,), self._told[t], device=x.device).expand(len(x))  # one number, as a network may notice
+        if isinstance(t, int):
+            told, guided = torch.full((1,), self._told[t], device=x.device), self.guides(t)
+        else:
+            if x.device not in self._told_on:
+                self._told_on[x.device] = torch.tensor(self._told, device=x.device)
+            told, t = self._told_on[x.device][t.view(1)], t.expand(len(x))
+        told = told.expand(len(x))  # one number, as a network may notice
         options: dict[str, Any] = dict(prediction=self.prediction, clip_x0=self.clip_x0, first_sample=first_sample)
         out = model(x, told, **(cond or {})).to(x.dtype)
         if self.guidance_scale != 1.0:
             without = model(x, told, **(uncond or {})).to(x.dtype)
             options |= dict(eps_uncond=without, guidance_scale=self.guidance_scale)
-        if self.critic is not None and self._told[t] >= self.logit_from:
+        if self.critic is not None and guided:
             options |= dict(logit_grad=self._logit_grad(self.critic, x, told), logit_scale=self.logit_scale)
         if self.sampler == "ddpm":
             return ops.ddpm_step(x, out, t, self.schedule, key, variance=self.variance, **options)
@@ -149,11 +164,20 @@ def sample(
     """
     step = Reverse(schedule=schedule, **reverse)
 
-    def reverse_step(x: torch.Tensor, t: int) -> torch.Tensor:
-        return step.step(model, x, t, random.fold_in(key, t), cond=cond, uncond=uncond, first_sample=first_sample)
+    def reverse_step(x: torch.Tensor, t: int | torch.Tensor, key: random.Key, guided: bool) -> torch.Tensor:
+        return step.step(model, x, t, key, guided=guided, cond=cond, uncond=uncond, first_sample=first_sample)
 
-    x = first_noise(shape, key, first_sample=first_sample, device=device)
-    return _walk(x, step.T, reverse_step, channels_last, on_step)
+    x = _begin(shape, key, first_sample, channels_last, device)
+    steps = _Captured(x, reverse_step, step.guides) if _worthwhile(x, step.T) else None
+    for t in range(step.T, 0, -1):
+        if on_step:
+            on_step(t, x if steps is None else x.clone())  # which the next step overwrites
+        step_key = random.fold_in(key, t)
+        if steps is None or not steps.step(t, step_key):
+            steps, x = None, reverse_step(x, t, step_key, step.guides(t))
+    if on_step:
+        on_step(0, x)
+    return x
 
 
 @torch.no_grad()
@@ -186,12 +210,15 @@ def sample_posterior(
     Returns: x_0, float32 of `shape`.
     """
 
-    def reverse_step(x: torch.Tensor, t: int) -> torch.Tensor:
-        options: dict[str, Any] = dict(z_dim=z_dim, predicts=predicts, first_sample=first_sample)
-        return generated_step(generator, x, t, schedule, random.fold_in(key, t), **options)
-
-    x = first_noise(shape, key, first_sample=first_sample, device=device)
-    return _walk(x, schedule.T, reverse_step, channels_last, on_step)
+    options: dict[str, Any] = dict(z_dim=z_dim, predicts=predicts, first_sample=first_sample)
+    x = _begin(shape, key, first_sample, channels_last, device)
+    for t in range(schedule.T, 0, -1):
+        if on_step:
+            on_step(t, x)
+        x = generated_step(generator, x, t, schedule, random.fold_in(key, t), **options)
+    if on_step:
+        on_step(0, x)
+    return x
 
 
 def generated_step(
@@ -219,17 +246,55 @@ def generated_step(
     return out if predicts == "x_prev" else ops.posterior_step(out, x, t, schedule, key, first_sample=first_sample)
 
 
-def _walk(x: torch.Tensor, T: int, reverse_step, channels_last: bool, on_step) -> torch.Tensor:
-    """x_0 from x_T = x, one `reverse_step(x_t, t)` after the other; `on_step` sees every state."""
-    if channels_last and x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    for t in range(T, 0, -1):
-        if on_step:
-            on_step(t, x)
-        x = reverse_step(x, t)
-    if on_step:
-        on_step(0, x)
-    return x
+def _worthwhile(x: torch.Tensor, T: int) -> bool:
+    """Whether steps are to be captured in CUDA graphs: there are many of them, and this is not inside of a graph."""
+    return x.is_cuda and T >= 16 and not torch.cuda.is_current_stream_capturing()
+
+
+class _Captured:
+    """Reverse steps as replays of a CUDA graph, which changes x_t = x in place; one graph with the critic, one without.
+
+    A graph of one step, not of all: it is recorded as fast as a step runs, and serves any number of them.
+    """
+
+    def __init__(self, x: torch.Tensor, run: Callable[..., torch.Tensor], guides: Callable[[int], bool]):
+        self.x, self.run, self.guides = x, run, guides
+        self.recorder = Recorder(x.device)
+        self.t = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.key = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.rehearsals = {False: 2, True: 2}
+        self.replays: dict[bool, Callable[[], None]] = {}
+
+    def step(self, t: int, key: random.Key) -> bool:
+        """Makes x_{t-1}. False, and nothing has happened, if steps of this model cannot be captured."""
+        guided = self.guides(t)
+        self.t.fill_(t)
+        self.key.fill_(key)
+
+        def run() -> None:
+            self.x.copy_(self.run(self.x, self.t, self.key, guided))
+
+        if self.rehearsals[guided]:
+            self.rehearsals[guided] -= 1
+            with self.recorder.rehearsal():
+                run()
+            return True
+        if guided not in self.replays:
+            try:
+                self.replays[guided], _ = self.recorder.record(run)
+            except RuntimeError as error:
+                warnings.warn(f"sampling runs without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=4)
+                return False
+        self.replays[guided]()
+        return True
+
+
+def _begin(
+    shape: tuple[int, ...], key: random.Key, first_sample: int, channels_last: bool, device: torch.device | str
+) -> torch.Tensor:
+    """x_T in the memory format of the walk."""
+    x = first_noise(shape, key, first_sample=first_sample, device=device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
 
 def first_noise(

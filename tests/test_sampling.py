@@ -5,8 +5,11 @@ import torch
 from scipy import stats
 
 import diffgan_fast as dgf
+from diffgan_fast import sampling
+from diffgan_fast.ops import support
 from diffgan_fast.sampling import sample_posterior
 from tests import mixture
+from tests.engine import tape
 from tests.ops import oracle
 
 S = dgf.Schedule.linear_scaled(40)
@@ -120,6 +123,71 @@ def test_dictionary_of_conditions_reaches_the_network():
 
     a, b = (dgf.sample(model, (3, 2), S, 5, cond={"shift": s}) for s in (0.0, 0.1))
     assert not torch.equal(a, b)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps are captured, as on CUDA, by a tape of ops (tests/engine/tape.py). Gives the recorders that were made."""
+    made, started, begin = [], [], sampling._begin
+
+    def noting(*args):
+        started.append(begin(*args))
+        return started[-1]
+
+    def recorder(device):
+        made.append(tape.Recorder(lambda: [started[-1]]))
+        return made[-1]
+
+    def on():
+        monkeypatch.setattr(sampling, "_worthwhile", lambda x, T: True)
+        monkeypatch.setattr(sampling, "_begin", noting)
+        monkeypatch.setattr(sampling, "Recorder", recorder)
+        monkeypatch.setattr(support, "check_range", lambda *args, **named: None)  # as on CUDA
+        return made
+
+    return on
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(steps=20, sampler="ddim", eta=0.5), dict(guidance_scale=2.0), dict(critic=1, logit_from=9)]
+)
+def test_captured_steps_are_the_steps(options, graphs):
+    model = torch.nn.Linear(3, 3)
+
+    def denoiser(x, t, shift=0.0):
+        return model(x) * (t[:, None] / 40) + shift
+
+    if "critic" in options:
+        options = options | {"critic": lambda x, t: (x * t[:, None]).sum(1) / 40, "logit_scale": 0.3}
+    told = dict(cond={"shift": torch.ones(3)}, uncond={"shift": torch.zeros(3)})
+    plain, seen = [], []
+    want = dgf.sample(denoiser, (5, 3), S, 7, on_step=lambda t, x: plain.append(x), **told, **options)
+    made = graphs()
+    got = dgf.sample(denoiser, (5, 3), S, 7, on_step=lambda t, x: seen.append(x), **told, **options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(plain), rtol=1e-5, atol=1e-6)
+    assert [recorder.recorded for recorder in made] == [2 if "critic" in options else 1]
+
+
+def test_a_model_that_cannot_be_captured_is_run_as_it_is(graphs):
+    def denoiser(x, t):
+        return x * float(t[0])
+
+    want = dgf.sample(denoiser, (5, 3), S, 7)
+    graphs()
+    with pytest.warns(UserWarning, match="sampling runs without CUDA graphs: operation not permitted"):
+        assert torch.equal(dgf.sample(denoiser, (5, 3), S, 7), want)
+
+
+@pytest.mark.gpu
+def test_samples_on_a_gpu_are_replayed(recwarn):
+    """Those of launches one by one, which are the CPU's up to rounding."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3))
+    want = dgf.sample(lambda x, t: model(x), (50, 3), S, 7)
+    model.cuda()
+    got = dgf.sample(lambda x, t: model(x), (50, 3), S, 7, device="cuda")
+    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-2, atol=1e-3)
 
 
 def test_bad_arguments_are_named():

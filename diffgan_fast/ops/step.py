@@ -253,8 +253,7 @@ def ddim_step(
     else:
         support.check_range(steps, 1, schedule.T)
         support.check_range(steps_prev, 0, schedule.T - 1, "t_prev")
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((steps_prev >= steps).any()):
-            raise ValueError("t_prev must be below t in every sample")
+        support.check_range(steps - steps_prev, 1, schedule.T, "t - t_prev")
         abar = schedule.on(x.device)
         rows = _ddim_rows(support.take(abar, steps), support.take(abar, steps_prev), eta, prediction)
         rows = rows.masked_fill((steps_prev >= steps).reshape(-1, 1), torch.nan)
