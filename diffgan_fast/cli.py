@@ -412,11 +412,11 @@ def reproduce_toy(
 @reproduce_app.command(name="gaussians")
 def reproduce_gaussians(
     out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-gaussians"),
-    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 5,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
     steps: Annotated[int | None, typer.Option(help="training steps [default: the study's]")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a plain GAN and Diffusion-GAN on 25 Gaussians, and count the modes that they capture."""
+    """Train a plain GAN, one with R1, and Diffusion-GAN on 25 Gaussians, and count the modes that they capture."""
     from diffgan_fast import reproduce
 
     options: dict[str, Any] = {"steps": steps} if steps else {}

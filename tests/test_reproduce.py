@@ -322,16 +322,18 @@ def gaussian_study(tmp_path_factory):
     return out, options, reproduce.reproduce_gaussians(out, seeds=2, n=200, **options)
 
 
-def test_both_arms_of_the_gaussians_have_equal_terms(gaussian_study):
+def test_all_arms_of_the_gaussians_have_equal_terms(gaussian_study):
     out, _, results = gaussian_study
-    assert {arm: len(seeds) for arm, seeds in results.items()} == {"gan": 2, "diffusion-gan": 2}
+    assert {arm: len(seeds) for arm, seeds in results.items()} == {"gan": 2, "gan, R1": 2, "diffusion-gan, R1": 2}
     settings, sizes = [], []
-    for arm in results:
+    for arm in ("gan", "gan-R1", "diffusion-gan-R1"):
         run = dgf.load(out / arm / "seed-1")
         settings.append(run.method.config.to_dict())
         sizes.append({name: sum(p.numel() for p in run.state[name].parameters()) for name in ("generator", "critic")})
-    assert sizes[0] == sizes[1]
-    assert all(settings[0][k] == settings[1][k] for k in settings[0])
+    assert sizes[0] == sizes[1] == sizes[2]
+    plain, penalised, noisy = settings
+    assert {k for k in plain if plain[k] != penalised[k]} == {"r1_gamma", "r1_every"}
+    assert all(penalised[k] == noisy[k] for k in penalised)
     for seed in results["gan"]:
         assert 0 <= seed["modes"] <= 25 and seed["high_quality_real"] == pytest.approx(0.989, abs=0.03)
     html = (out / "report.html").read_text()
@@ -343,7 +345,7 @@ def test_complete_gaussians_are_reused_and_arms_stay_comparable(gaussian_study, 
     monkeypatch.setattr(Run, "evaluate", None)
     monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
     assert reproduce.reproduce_gaussians(out, seeds=1, n=200, **options) == {k: v[:1] for k, v in results.items()}
-    with pytest.raises(ValueError, match="sigma: not of both arms"):
+    with pytest.raises(ValueError, match="sigma: not of all arms"):
         reproduce.reproduce_gaussians(out, sigma=1.0)
 
 
@@ -352,9 +354,9 @@ def test_the_worst_seed_decides():
         return dict(modes=modes, high_quality=share, seconds=seconds, modes_real=25, high_quality_real=0.989)
 
     good = [seed(25, 0.95), seed(25, 0.9)]
-    assert "Met: 25 modes, 90.0%, 60.0 s" in gaussians.verdict({"gan": good, "diffusion-gan": good})
+    assert "Met: 25 modes, 90.0%, 60.0 s" in gaussians.verdict({"gan": good, "diffusion-gan, R1": good})
     for bad in (seed(24, 0.95), seed(25, 0.89), seed(25, 0.95, 121.0)):
-        assert "Missed: " in gaussians.verdict({"gan": good, "diffusion-gan": [*good, bad]})
+        assert "Missed: " in gaussians.verdict({"gan": good, "diffusion-gan, R1": [*good, bad]})
     rows, columns = reproduce.modes_table({"gan": [seed(7, 0.5), seed(9, 0.7)], "diffusion-gan": good})
     text = report.table(rows, columns)
     assert "7, 9" in text and "60.0 ± 14.1" in text and "50.0%" in text and "real data" in text

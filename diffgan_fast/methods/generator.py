@@ -45,6 +45,7 @@ class GeneratorConfig(TrainConfig):
         None, "width of the critic's layers: DCGAN's first, 64; SNGAN's, 128; the MLP's, 128", low=1
     )
     layers: int = option(2, "hidden layers of the MLPs", low=1)
+    critic_layers: int | None = option(None, "hidden layers of the critic's MLP (none: as the generator's)", low=1)
     critic_norm: Literal["batch", "layer", "none"] = option("batch", "norm in DCGAN's critic; R1 needs layer or none")
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
     r1_gamma: float = option(0.0, "weight of the R1 penalty: gamma/2 E|grad D|^2 at real samples (0: none)", low=0)
@@ -102,7 +103,8 @@ class GeneratorMethod(Method):
         """A new critic for this data that sees `inputs`."""
         kind, width = self.kind, self.widths[1]
         if kind == "mlp":
-            return nets.MLPCritic(self.shape[0], width, self.config.layers, slope=SLOPE, inputs=inputs)
+            layers = self.config.critic_layers or self.config.layers
+            return nets.MLPCritic(self.shape[0], width, layers, slope=SLOPE, inputs=inputs)
         channels, size, _ = self.shape
         if kind == "sngan":
             return nets.SNGANCritic(channels, size, width=width, inputs=inputs)

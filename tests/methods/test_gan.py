@@ -255,3 +255,5 @@ def test_points_may_have_deeper_networks():
     _, state = make((2,), width=8, critic_width=6, layers=3)
     shapes = {name: [p.shape[0] for p in net.parameters() if p.dim() == 2] for name, net in state.nets.items()}
     assert shapes == {"generator": [8, 8, 8, 2], "critic": [6, 6, 6, 1]}
+    _, state = make((2,), layers=4, critic_layers=1)
+    assert len(list(state["generator"].parameters())) == 10 and len(list(state["critic"].parameters())) == 4
