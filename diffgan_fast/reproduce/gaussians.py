@@ -1,9 +1,9 @@
 """The 25 Gaussians of "Diffusion-GAN" again (Figure 5): a plain GAN and Diffusion-GAN, several seeds each.
 
 All arms have the same networks (LeakyReLU, 128 wide; the generator two layers deeper and the critic one than the
-paper's), the same budget, batches, learning rates and seeds; the critic of Diffusion-GAN is not told the noise level, so
-that it is the plain GAN's to the last weight. The R1 penalty, which the paper has on images, keeps modes by itself: the
-plain GAN is trained with it too, so that nothing is put down to the noise that R1 does. The paper names no other
+paper's), the same budget, batches, learning rates and seeds; the critic of Diffusion-GAN is not told the noise level,
+so that it is the plain GAN's to the last weight. The R1 penalty, which the paper has on images, keeps modes by itself:
+the plain GAN is trained with it too, so that nothing is put down to the noise that R1 does. The paper names no other
 setting: those here were chosen by us.
 """
 
@@ -61,7 +61,7 @@ def reproduce_gaussians(
     progress: bool = True,
     **options: Any,
 ) -> Results:
-    """Trains a plain GAN, one with R1, and Diffusion-GAN on the 25 Gaussians with several seeds and counts the modes they capture.
+    """Trains a plain GAN, one with R1, and Diffusion-GAN on the 25 Gaussians, and counts the modes they capture.
 
     Table and figures go to out/report.html.
 
