@@ -52,6 +52,7 @@ class Schedule(RowCache):
 
     def __init__(self, betas: torch.Tensor, timesteps: torch.Tensor | None = None):
         super().__init__()
+        self._respaced: dict[int, Schedule] = {}
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.dim() != 1 or betas.numel() == 0:
             raise ValueError(f"betas must be [T] with T >= 1, got shape {list(betas.shape)}")
@@ -124,9 +125,11 @@ class Schedule(RowCache):
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise ValueError(f"steps must be an int in 1..{self.T}, got {steps!r}")
-        kept = torch.tensor([(2 * i * self.T + steps) // (2 * steps) for i in range(steps + 1)])
-        abar = self.alphas_cumprod[kept]
-        return Schedule(1 - abar[1:] / abar[:-1], self.timesteps[kept])
+        if steps not in self._respaced:  # made once, as its rows then are
+            kept = torch.tensor([(2 * i * self.T + steps) // (2 * steps) for i in range(steps + 1)])
+            abar = self.alphas_cumprod[kept]
+            self._respaced[steps] = Schedule(1 - abar[1:] / abar[:-1], self.timesteps[kept])
+        return self._respaced[steps]
 
     @property
     def prior_mismatch(self) -> float:

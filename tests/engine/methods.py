@@ -21,6 +21,7 @@ CASES = {
     "method2": ("method2", (1, 8, 8), CHAIN),
     "method2, every second state": ("method2", (1, 8, 8), dict(CHAIN, recompute=2, chain_mode="train", dropout=0.1)),
     "method2, plain autograd": ("method2", (1, 8, 8), dict(CHAIN, recompute="none")),
+    "method2, fewer steps": ("method2", (1, 8, 8), dict(CHAIN, T=6, sample_steps=3, sampler="ddim")),
     "method3": ("method3", (1, 8, 8), dict(critic_width=4, critic_steps=1, T=6, width=8)),
     "method3.5": ("method3.5", (1, 8, 8), dict(critic_width=4, critic_steps=0, T=6, width=8)),
     "method3, as coded": ("method3", (1, 8, 8), dict(critic_width=4, critic_steps=1, T=6, width=8, forwards="two")),
