@@ -173,7 +173,7 @@ def verify(arm: Arm, unet: nn.Module, critic: nn.Module, images: Tensor) -> str:
     right = Trainer(Arm("float64"), unet.double(), critic.double())
     expected = right.update(x_t.double(), eps.double(), t, first_train=arm.shared)
     unet.float(), critic.float()
-    losses = [float(loss.detach()) for loss in trainer.first_losses(images, x_t, eps, t, key=7)]
+    losses = [torch.as_tensor(loss).detach().item() for loss in trainer.first_losses(images, x_t, eps, t, key=7)]
     errors = [abs(loss / want - 1) for loss, want in zip(losses, expected, strict=True)]
     return "ok" if max(errors) < 1e-3 else f"RED: losses off by {max(errors):.3g}"
 
