@@ -81,7 +81,9 @@ class Case:
                 "critic": DDGANCritic(channels, size, T=ddgan.T),
             }
         else:
-            nets = {"denoiser": StudentUNet(T=T) if size == 28 else UNet.preset(size, channels)}
+            nets = {
+                "denoiser": StudentUNet(T=T) if size == 28 else UNet.preset(size, channels, dropout=0.0)
+            }  # masks are keyed in no way
             if self.family == "method3.5":
                 nets["critic"] = DCGANCritic(channels, size, inputs=("x", "t"), T=T, init="dcgan")
             if self.family == "method2":

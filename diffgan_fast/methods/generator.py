@@ -12,9 +12,9 @@ from torch import nn
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss
 from diffgan_fast.engine import FlatAdamW, Method, State, TrainConfig, evaluating, option
+from diffgan_fast.nets.mlp import SLOPE
 from diffgan_fast.ops import r1_penalty
 
-SLOPE = 0.2  # of the MLP critic's LeakyReLU
 WIDTHS = {"dcgan": (64, 64), "sngan": (256, 128), "mlp": (128, 128)}  # of generator and critic
 
 # Settings that both arms of a comparison have in common
@@ -28,10 +28,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class GeneratorConfig(TrainConfig):
+    critic_scheduled = True
     PRESETS: ClassVar = PRESETS
 
     batch_size: int = option(64, "samples a step", low=1)
-    critic_lr: float = option(2e-4, "learning rate of the critic, constant", low=0)
+    lr: float = option(2e-4, "learning rate of the generator", low=0)
+    critic_lr: float = option(2e-4, "learning rate of the critic", low=0)
+    lr_schedule: Literal["constant", "cosine", "exponential"] = option(
+        "constant", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
+    )
     adam_beta1: float = option(0.5, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
     adam_beta2: float = option(0.999, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
     network: Literal["auto", "dcgan", "sngan", "mlp"] = option(

@@ -13,7 +13,7 @@ from .embedding import sinusoidal
 
 EMBEDDING = 128  # numbers that each coordinate and the time become
 SCALE = 25.0  # of the coordinates in their embedding
-SLOPE = 0.2  # of the generator's LeakyReLU
+SLOPE = 0.01  # of the GANs' LeakyReLU: torch's own, for the paper does not say
 
 
 def _check_points(x: Tensor, dim: int) -> None:
@@ -142,7 +142,7 @@ class MLPCritic(Critic):
     Raises:
         ValueError: an argument is out of its range.
 
-    Source: "GAN-Enhanced Diffusion" and its code; with slope 0.2, two layers and width 128 the critic of points of
+    Source: "GAN-Enhanced Diffusion" and its code; with slope 0.01, two layers and width 128 the critic of points of
     Wang et al. 2023, "Diffusion-GAN".
     """
 
@@ -186,7 +186,7 @@ class MLPCritic(Critic):
 
 
 class MLPGenerator(nn.Module):
-    """A generator of points: an MLP with LeakyReLU 0.2, z -> x.
+    """A generator of points: an MLP with LeakyReLU 0.01, z -> x.
 
     Args:
         dim: coordinates of a point.

@@ -24,7 +24,7 @@ from diffgan_fast.run import Run
 DATA = "gaussians25"
 # What all arms have, and arm -> its method and what it has beside
 COMMON: dict[str, Any] = dict(
-    steps=24_000,
+    steps=14_000,
     batch_size=256,
     z_dim=2,
     layers=4,
@@ -32,13 +32,14 @@ COMMON: dict[str, Any] = dict(
     lr=4e-3,
     critic_lr=2e-3,
     lr_schedule="cosine",
+    adam_beta1=0.0,
     adam_beta2=0.99,
     log_every=100,
     sample_every=0,
 )
 R1: dict[str, Any] = dict(r1_gamma=0.1, r1_every=4)
 # sigma as large as the data and a few steps: noise that reaches the next mode and leaves the data where they are
-NOISE: dict[str, Any] = dict(sigma=3.0, T_min=12, T_max=30, d_target=0.3, condition="none")
+NOISE: dict[str, Any] = dict(sigma=3.0, T_min=5, T_max=30, d_target=0.3, condition="none")
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gan": ("gan", {}),
     "gan, R1": ("gan", R1),
