@@ -22,6 +22,7 @@ from diffgan_fast.engine.gpu import state as gpu_state
 OPS = ("random", "noise", "step", "loss", "penalty")
 NAMES = (
     *OPS,
+    "conv",
     "training",
     "steps",
     "points",

@@ -106,9 +106,10 @@ struct Avx2 {
 
 Kernels avx2_kernels() {
   Kernels k = kernels_of<Avx2>();
-  if (!__builtin_cpu_supports("avx512f")) {  // whose registers, twice as wide, a BLAS uses
+  if (!__builtin_cpu_supports("avx512f")) {  // whose registers, twice as wide, torch's libraries use
     k.pack = pack<Avx2>;
     k.product = product<Avx2>;
+    k.add_outer = add_outer<Avx2>;
   }
   return k;
 }

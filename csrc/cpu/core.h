@@ -40,11 +40,12 @@ struct Kernels {
   void (*square_sums)(const Grid&, Dtype, const void* x, int64_t pieces, double* sums, int64_t begin, int64_t end);
   void (*scale_samples)(const Grid&, Dtype, const void* x, const double* factors, void* out, int64_t chunk);
   void (*sinusoids)(int64_t n, int64_t half, const float* x, const float* frequencies, float* out);
-  // of products.h; `pack` and `product` are null where a BLAS is faster
+  // of products.h; all but `finish` are null where torch's own libraries are faster
   void (*finish)(int64_t rows, int64_t width, const float* sums, int64_t stride, int64_t r, int64_t j, const Finish<float>&);
   void (*pack)(const float* w, bool transposed, int64_t k, int64_t n, int64_t stride, int64_t panel, float* out);
   void (*product)(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t column, const float* panels,
                   const Finish<float>&);
+  void (*add_outer)(int64_t rows, int64_t k, const float* a, const float* b, float* sums);
 };
 
 Kernels baseline_kernels();

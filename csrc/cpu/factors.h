@@ -1,14 +1,12 @@
-// Products of small matrices on the CPU, and the memory that they work in: ours (products.h) for float32 where this
-// processor has them, else those of the BLAS that torch itself is linked with.
+// Products of small matrices on the CPU: ours (products.h) for float32 where this processor has them, else those of the
+// BLAS that torch itself is linked with.
 #pragma once
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "op.h"
+#include "memory.h"
 #include "products.h"
 
 extern "C" {
@@ -24,69 +22,6 @@ namespace {
 
 constexpr int64_t kInputs = 64;  // of a layer, whose weights' gradient is one task
 constexpr int64_t kDepth = 128;  // rows that a weights' gradient adds up at a time, for the same reason
-
-// ---- memory ----
-
-// Memory of a call that the thread's next ones use again: fresh pages take as long as the loops that fill them.
-class Memory {
- public:
-  explicit Memory(int64_t bytes) {
-    auto& spare = spares();
-    auto best = spare.end();
-    for (auto it = spare.begin(); it != spare.end(); ++it)
-      if (it->bytes >= bytes && (best == spare.end() || it->bytes < best->bytes)) best = it;
-    if (best != spare.end()) {
-      block_ = *best;
-      spare.erase(best);
-    } else {
-      block_ = {std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)), bytes};
-      STD_TORCH_CHECK(block_.data, "diffgan_fast: can't allocate memory: ", bytes, " bytes");
-    }
-  }
-  ~Memory() {
-    if (block_.bytes <= kKept && spares().size() < 16) {
-      spares().push_back(block_);
-    } else {
-      std::free(block_.data);
-    }
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  void* data() const { return block_.data; }
-
- private:
-  struct Block {
-    void* data;
-    int64_t bytes;
-  };
-  struct Spares : std::vector<Block> {
-    ~Spares() {
-      for (Block& b : *this) std::free(b.data);
-    }
-  };
-  static constexpr int64_t kKept = 8 << 20;
-  static Spares& spares() {
-    thread_local Spares all;
-    return all;
-  }
-  Block block_;
-};
-
-template <class A> class Room : Memory {
- public:
-  explicit Room(int64_t n) : Memory((n + 1) * static_cast<int64_t>(sizeof(A))) {}
-  operator A*() const { return static_cast<A*>(data()); }
-};
-
-// one(task) for all tasks, on torch's threads. Tasks differ in size: who is free takes the next.
-template <class One> void for_tasks(int64_t tasks, One&& one) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) one(i);
-  });
-}
-
-// ---- products ----
 
 inline void gemm(const char* ta, const char* tb, int m, int n, int k, const float* a, int lda, const float* b, int ldb,
                  float beta, float* c, int ldc) {

@@ -114,5 +114,41 @@ void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64
   }
 }
 
+// sums [R, 16] += a^T b, a [k, R] and b [k, 16].
+template <class V, int R>
+__attribute__((noinline)) void add_outer_tile(int64_t k, const float* a, const float* b, float* sums) {
+  typename V::F c[R][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    c[r][0] = V::load(sums + r * kPanel);
+    c[r][1] = V::load(sums + r * kPanel + 8);
+  }
+  for (int64_t i = 0; i < k; ++i, a += R, b += kPanel) {
+    const typename V::F b0 = V::load(b), b1 = V::load(b + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const typename V::F x = V::splat(a[r]);
+      c[r][0] = V::fma(x, b0, c[r][0]);
+      c[r][1] = V::fma(x, b1, c[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    V::store(sums + r * kPanel, c[r][0]);
+    V::store(sums + r * kPanel + 8, c[r][1]);
+  }
+}
+
+template <class V> void add_outer(int64_t rows, int64_t k, const float* a, const float* b, float* sums) {
+  switch (rows) {
+    case 6: add_outer_tile<V, 6>(k, a, b, sums); break;
+    case 5: add_outer_tile<V, 5>(k, a, b, sums); break;
+    case 4: add_outer_tile<V, 4>(k, a, b, sums); break;
+    case 3: add_outer_tile<V, 3>(k, a, b, sums); break;
+    case 2: add_outer_tile<V, 2>(k, a, b, sums); break;
+    default: add_outer_tile<V, 1>(k, a, b, sums);
+  }
+}
+
 }  // namespace
 }  // namespace dgf

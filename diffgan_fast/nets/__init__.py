@@ -2,6 +2,7 @@
 
 from .adapters import from_diffusers
 from .conditioning import LevelCritic, LevelEmbedding
+from .conv import Conv2d
 from .critic import Critic, is_main_of_join
 from .dcgan import DCGANCritic, DCGANGenerator, init_dcgan
 from .ddgan import DDGANGenerator
@@ -15,6 +16,7 @@ from .unet import UNet
 from .weights import load_weights
 
 __all__ = [
+    "Conv2d",
     "Critic",
     "DCGANCritic",
     "DCGANGenerator",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, check_latents, preset_for
+from .conv import Conv2d
 from .embedding import sinusoidal
 from .fir import fir_blur, fir_down, fir_up
 from .scaled import SQRT_HALF, variance_scaled
@@ -79,11 +80,11 @@ class Block(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm1 = AdaptiveGroupNorm(in_channels, latent)
-        self.conv1 = variance_scaled(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.conv1 = variance_scaled(Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb = variance_scaled(nn.Linear(emb_dim, out_channels))
         self.norm2 = AdaptiveGroupNorm(out_channels, latent)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = variance_scaled(nn.Conv2d(out_channels, out_channels, 3, padding=1), 0.0)
+        self.conv2 = variance_scaled(Conv2d(out_channels, out_channels, 3, padding=1), 0.0)
         same = in_channels == out_channels and resample is None
         self.skip = nn.Identity() if same else variance_scaled(nn.Conv2d(in_channels, out_channels, 1))
 
@@ -199,7 +200,7 @@ class DDGANGenerator(nn.Module):
             variance_scaled(nn.Linear(width, emb_dim)), nn.SiLU(), variance_scaled(nn.Linear(emb_dim, emb_dim))
         )
         self.mapping = _mapping(z_dim, shape.latent, shape.mapping)
-        self.stem = variance_scaled(nn.Conv2d(channels, width, 3, padding=1))
+        self.stem = variance_scaled(Conv2d(channels, width, 3, padding=1))
 
         here, pyramid, skips = width, channels, [width]
         self.down = nn.ModuleList()
@@ -211,7 +212,7 @@ class DDGANGenerator(nn.Module):
             if resolution == resolutions[-1]:
                 self.down.append(DownLevel(stack, attentions, None, None))
             else:
-                reduce = variance_scaled(nn.Conv2d(pyramid, here, 3, stride=2))
+                reduce = variance_scaled(Conv2d(pyramid, here, 3, stride=2))
                 self.down.append(DownLevel(stack, attentions, block(here, here, resample=fir_down), reduce))
                 skips.append(here)
             pyramid = here
@@ -227,7 +228,7 @@ class DDGANGenerator(nn.Module):
             attend = Attention(here) if resolution in attention else None
             self.up.append(UpLevel(stack, attend, block(here, here, resample=fir_up) if resolution < size else None))
 
-        out = variance_scaled(nn.Conv2d(here, channels, 3, padding=1), 0.0)
+        out = variance_scaled(Conv2d(here, channels, 3, padding=1), 0.0)
         self.head = nn.Sequential(group_norm(here), nn.SiLU(), out, nn.Tanh() if bounded else nn.Identity())
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:

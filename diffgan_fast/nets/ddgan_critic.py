@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, preset_for
+from .conv import Conv2d
 from .embedding import sinusoidal
 from .fir import fir_down
 from .scaled import SQRT_HALF, variance_scaled
@@ -82,9 +83,9 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, shrink: bool):
         super().__init__()
         self.shrink = shrink
-        self.conv1 = variance_scaled(nn.Conv2d(in_channels, out_channels, 3, padding=1), fan="out")
+        self.conv1 = variance_scaled(Conv2d(in_channels, out_channels, 3, padding=1), fan="out")
         self.emb = variance_scaled(nn.Linear(emb_dim, out_channels), fan="out")
-        self.conv2 = variance_scaled(nn.Conv2d(out_channels, out_channels, 3, padding=1), 0.0, fan="out")
+        self.conv2 = variance_scaled(Conv2d(out_channels, out_channels, 3, padding=1), 0.0, fan="out")
         self.skip = variance_scaled(nn.Conv2d(in_channels, out_channels, 1, bias=False), fan="out")
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class DDGANCritic(nn.Module):
         for i, width in enumerate(shape.widths):
             self.blocks.append(Block(here, width, shape.emb_dim, shrink=i >= keep))
             here = width
-        self.head = variance_scaled(nn.Conv2d(here + 1, here, 3, padding=1), shape.head_scale, fan="out")
+        self.head = variance_scaled(Conv2d(here + 1, here, 3, padding=1), shape.head_scale, fan="out")
         self.logit = variance_scaled(nn.Linear(here, 1), fan="out")
 
     def forward(self, x: Tensor, t: Tensor, x_t: Tensor) -> Tensor:

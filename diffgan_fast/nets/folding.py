@@ -6,9 +6,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from .conv import Conv2d
+
 _FUSED = {
     nn.Conv1d: lambda layer, norm: fuse_conv_bn_eval(layer, norm),
     nn.Conv2d: lambda layer, norm: fuse_conv_bn_eval(layer, norm),
+    Conv2d: lambda layer, norm: fuse_conv_bn_eval(layer, norm),
     nn.ConvTranspose2d: lambda layer, norm: fuse_conv_bn_eval(layer, norm, transpose=True),
     nn.Linear: lambda layer, norm: fuse_linear_bn_eval(layer, norm),
 }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, check_labels
+from .conv import Conv2d
 from .embedding import time_fraction
 
 WIDTH = 64
@@ -16,18 +17,18 @@ def conv_block(first: nn.Module, channels: int) -> nn.Sequential:
         first,
         nn.BatchNorm2d(channels),
         nn.GELU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
+        Conv2d(channels, channels, 3, padding=1),
         nn.BatchNorm2d(channels),
         nn.GELU(),
     )
 
 
 def plain(in_channels: int, out_channels: int) -> nn.Sequential:
-    return conv_block(nn.Conv2d(in_channels, out_channels, 3, padding=1), out_channels)
+    return conv_block(Conv2d(in_channels, out_channels, 3, padding=1), out_channels)
 
 
 def down(in_channels: int, out_channels: int) -> nn.Sequential:
-    return conv_block(nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), out_channels)
+    return conv_block(Conv2d(in_channels, out_channels, 3, stride=2, padding=1), out_channels)
 
 
 def up(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -85,7 +86,7 @@ class StudentUNet(nn.Module):
         self.up1 = up(4 * WIDTH, WIDTH)
         self.modulate2 = Modulation(WIDTH, num_classes)
         self.up2 = up(2 * WIDTH, WIDTH)
-        self.head = nn.Sequential(plain(2 * WIDTH, WIDTH), nn.Conv2d(WIDTH, channels, 3, padding=1))
+        self.head = nn.Sequential(plain(2 * WIDTH, WIDTH), Conv2d(WIDTH, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """ε̂ for noisy images.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, check_labels
+from .conv import Conv2d
 from .embedding import sinusoidal
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -38,11 +39,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, dropout: float):
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -85,7 +86,7 @@ class DownLevel(nn.Module):
     def __init__(self, blocks: list[Block], channels: int, shrink: bool):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.shrink = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if shrink else None
+        self.shrink = Conv2d(channels, channels, 3, stride=2, padding=1) if shrink else None
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
@@ -105,7 +106,7 @@ class UpLevel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.grow: nn.Module = nn.Identity()
         if grow:
-            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            conv = Conv2d(channels, channels, 3, padding=1)
             self.grow = nn.Sequential(nn.Upsample(scale_factor=2), conv)
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
@@ -160,7 +161,7 @@ class UNet(nn.Module):
         block = partial(Block, emb_dim=emb_dim, dropout=dropout)
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.label = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.stem = Conv2d(channels, width, 3, padding=1)
 
         here, skips, last = width, [width], len(multipliers) - 1
         self.down = nn.ModuleList()
@@ -184,7 +185,7 @@ class UNet(nn.Module):
                 here = width * multiplier
             self.up.append(UpLevel(stack, here, grow=resolution < size))
 
-        out = zeroed(nn.Conv2d(here, channels, 3, padding=1))
+        out = zeroed(Conv2d(here, channels, 3, padding=1))
         self.head = nn.Sequential(group_norm(here), nn.SiLU(), out)
 
     @classmethod

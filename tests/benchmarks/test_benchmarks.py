@@ -17,6 +17,7 @@ from benchmarks import cases, gpu, machine, oracle, report
 from benchmarks.__main__ import main
 from benchmarks.harness import measure
 from diffgan_fast import backends
+from diffgan_fast.ops import conv
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no native library for the CPU")
 QUICK = cases.Options(quick=True, compile=False)
@@ -64,6 +65,14 @@ def test_diffusers_is_a_peer():
     pytest.importorskip("diffusers")
     rows = [row for name in ("noise", "step") for row in importlib.import_module(f"benchmarks.{name}").run(QUICK)]
     assert len([row for row in rows if row["provider"] == "diffusers"]) == 5
+
+
+@pytest.mark.skipif(not conv._EXISTS, reason="the kernel needs AVX2 without AVX-512")
+def test_conv_benchmark():
+    from benchmarks import conv as benchmark
+
+    rows = report.with_ratios(benchmark.run(QUICK))
+    assert {row["provider"]: row["status"] for row in rows} == {"eager": "ok", "dgf": "ok"}
 
 
 def test_training_benchmark():
