@@ -29,8 +29,6 @@ from diffgan_fast.ops import add_noise, noise_pair, posterior_step, r1_penalty
 from diffgan_fast.sampling import Predicts, check_predicts, generated_step, sample_posterior
 from diffgan_fast.schedule import Schedule
 
-BETAS = (0.5, 0.9)  # of both optimisers, as the authors' code has them
-
 
 def losses(
     generator: Callable[..., torch.Tensor],
@@ -94,7 +92,9 @@ def losses(
 
 
 # an epoch of the authors' is counted in images: 50,000 of CIFAR-10, 120,000 of LSUN Church, 30,000 of CelebA-HQ
-_LARGE = dict(network="256", critic_network="large", lazy_reg=10)
+_AUTHORS: dict[str, Any] = dict(adam_beta1=0.5, adam_beta2=0.9, lr_schedule="cosine")
+_LARGE: dict[str, Any] = dict(_AUTHORS, network="256", critic_network="large", lazy_reg=10)
+_SMALL: dict[str, Any] = dict(_AUTHORS, r1_gamma=0.02, lazy_reg=15, ema=0.995)
 
 
 @dataclass(kw_only=True)
@@ -102,26 +102,20 @@ class DDGANConfig(TrainConfig):
     critic_scheduled = True
     PRESETS: ClassVar = {
         "cifar10": dict(
-            network="cifar10", critic_network="small", steps=351_562, batch_size=256, lr=1.6e-4, critic_lr=1.25e-4,
-            r1_gamma=0.02, lazy_reg=15, ema=0.9999, flip=True,
+            _AUTHORS, network="cifar10", critic_network="small", steps=351_562, batch_size=256, lr=1.6e-4,
+            critic_lr=1.25e-4, r1_gamma=0.02, lazy_reg=15, ema=0.9999, flip=True,
         ),
         "church256": dict(_LARGE, steps=937_500, batch_size=64, lr=1.6e-4, critic_lr=1e-4, r1_gamma=1.0, ema=0.999),
         "celeba256": dict(
             _LARGE, steps=750_000, batch_size=32, lr=2e-4, critic_lr=1e-4, r1_gamma=2.0, ema=0.9999, T=2, flip=True
         ),
-        "mnist": dict(steps=20_000, batch_size=64, lr=2e-4, critic_lr=2e-4),
-        "points": dict(steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, z_dim=8, ema=0.995),
+        "mnist": dict(_SMALL, steps=20_000, batch_size=64, lr=2e-4, critic_lr=2e-4),
+        "points": dict(_SMALL, steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, z_dim=8),
     }  # fmt: skip
     batch_size: int = option(64, "samples a step; of images a multiple of 4", low=1)
     lr: float = option(5e-4, "learning rate of the generator", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
-        "cosine", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
-    )
-    ema: float = option(
-        0.995,
-        "decay of the averaged weights that sampling uses, after k updates at most 1 - (1 + k)^(-2/3) (0: none)",
-        low=0,
-        high=1,
+        "exponential", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
     )
     T: int = option(4, "denoising steps", unit="steps", low=1)
     beta_min: float = option(0.1, "beta of the variance-preserving SDE at its beginning", low=0)
@@ -132,16 +126,18 @@ class DDGANConfig(TrainConfig):
     network: Literal["auto", "8", "28", "cifar10", "256"] = option(
         "auto", "preset of the images' generator (auto: by their size)"
     )
-    critic_network: Literal["auto", "8", "28", "small", "large"] = option(
-        "auto", "preset of the images' critic (auto: by their size)"
+    critic_network: Literal["auto", "dcgan", "8", "28", "small", "large"] = option(
+        "auto", "preset of the images' critic, or DCGAN's, without norms (auto: that below 28 pixels, else by size)"
     )
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
     )
-    critic_lr: float = option(5e-4, "learning rate of the critic", low=0)
+    critic_lr: float = option(1e-3, "learning rate of the critic", low=0)
+    adam_beta1: float = option(0.0, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
+    adam_beta2: float = option(0.99, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
-    r1_gamma: float = option(0.02, "gamma of the R1 penalty, which has weight gamma / 2 (0: none)", low=0)
-    lazy_reg: int = option(15, "steps between R1 penalties, of which none is multiplied by it", unit="steps", low=1)
+    r1_gamma: float = option(0.1, "gamma of the R1 penalty, which has weight gamma / 2 (0: none)", low=0)
+    lazy_reg: int = option(4, "steps between R1 penalties, of which none is multiplied by it", unit="steps", low=1)
 
 
 class DDGAN(Method):
@@ -167,6 +163,9 @@ class DDGAN(Method):
             bounded = c.predicts == "x0"
             generator = partial(nets.DDGANGenerator, *self.shape[:2], preset=preset, bounded=bounded, **width)
             critic = partial(nets.DDGANCritic, *self.shape[:2], preset=judge)
+            if judge == "dcgan" or (judge is None and self.shape[1] < 28):
+                inputs = ("x", "x_t", "t")
+                critic = partial(nets.DCGANCritic, *self.shape[:2], depth=2, norm=None, inputs=inputs)
         else:
             raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
         return {
@@ -175,10 +174,9 @@ class DDGAN(Method):
         }
 
     def optimizers(self, nets):
-        return {
-            "generator": FlatAdamW(nets["generator"], self.config.lr, BETAS),
-            "critic": FlatAdamW(nets["critic"], self.config.critic_lr, BETAS),
-        }
+        c = self.config
+        rates = {"generator": c.lr, "critic": c.critic_lr}
+        return {name: FlatAdamW(nets[name], lr, (c.adam_beta1, c.adam_beta2)) for name, lr in rates.items()}
 
     def generate(self, generator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """The generator as it is told z, or zeros in its place in the ablation without a latent."""

@@ -33,9 +33,9 @@ BATCH = 64  # samples a training step
 TIMED = 100  # images whose drawing is timed, as the published seconds are for 100
 WIDTHS = range(4, 513, 2)  # of the U-Net of the diffusion models
 # what small diffusion models learn most from, as in the demo, whose U-Net is narrower and learns at twice the rate
-DIFFUSION: dict[str, Any] = dict(schedule="cosine", prediction="v", lr=2e-3, lr_schedule="cosine", warmup=50)
+DIFFUSION: dict[str, Any] = dict(schedule="cosine", prediction="v", lr=2e-3, lr_schedule="cosine", warmup=50, ema=0.995)
 PRESETS = {28: "mnist", 32: "cifar10"}  # of the DDGAN by the images' size; others: the defaults
-COMMON: dict[str, Any] = dict(batch_size=BATCH, ema=0.995, flip=False, sample_every=0, checkpoint_every=500)
+COMMON: dict[str, Any] = dict(batch_size=BATCH, flip=False, sample_every=0, checkpoint_every=500)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def make(shape=(1, 4, 4), **options):
 def test_steps_are_those_of_plain_torch():
     """Four steps: R1 in every third, cosine decay of both, Adam's betas, and the average of the generator."""
     steps, lazy, gamma, lr, critic_lr = 4, 3, 0.5, 1e-2, 3e-3
-    method, state = make(steps=steps, lr=lr, critic_lr=critic_lr, r1_gamma=gamma, lazy_reg=lazy, ema=0.9)
+    rates = dict(lr=lr, critic_lr=critic_lr, lr_schedule="cosine", adam_beta1=0.5, adam_beta2=0.9)
+    method, state = make(steps=steps, r1_gamma=gamma, lazy_reg=lazy, ema=0.9, **rates)
     generator, critic = (copy.deepcopy(state[name]).double() for name in ("generator", "critic"))
     average = copy.deepcopy(generator)
     optimizers = [
@@ -228,12 +229,26 @@ def test_presets_are_the_published_configurations():
     c = DDGAN.Config.make("cifar10")
     published = (4, 256, 1.6e-4, 1.25e-4, 0.02, 15, 0.9999, 100, True)
     assert (c.T, c.batch_size, c.lr, c.critic_lr, c.r1_gamma, c.lazy_reg, c.ema, c.z_dim, c.flip) == published
-    assert c.steps * c.batch_size == pytest.approx(1800 * 50_000, rel=1e-5) and c.lr_schedule == "cosine"
+    assert c.steps * c.batch_size == pytest.approx(1800 * 50_000, rel=1e-5)
+    assert (c.lr_schedule, c.adam_beta1, c.adam_beta2) == ("cosine", 0.5, 0.9)
     church, celeba = (DDGAN.Config.make(name) for name in ("church256", "celeba256"))
     assert (church.T, church.batch_size, church.r1_gamma, church.lazy_reg, church.ema) == (4, 64, 1, 10, 0.999)
     assert (celeba.T, celeba.batch_size, celeba.r1_gamma, celeba.lazy_reg, celeba.lr) == (2, 32, 2, 10, 2e-4)
     S = DDGAN(c, (3, 32, 32)).schedule
     torch.testing.assert_close(S.alphas_cumprod, abar(4, torch.arange(5)), rtol=1e-12, atol=0)
+
+
+def test_networks_follow_the_size():
+    """The author's critic, but for small images, of which it learns slowly."""
+
+    def critic(size, **options):
+        return DDGAN(DDGAN.Config.make(**options), (1, size, size)).networks({})["critic"]
+
+    assert isinstance(critic(8), dgf.nets.DCGANCritic) and isinstance(critic(28), dgf.nets.DDGANCritic)
+    assert isinstance(critic(28, critic_network="dcgan"), dgf.nets.DCGANCritic)
+    assert isinstance(critic(8, critic_network="8"), dgf.nets.DDGANCritic)
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 2)
+    assert critic(8)(x, t=t, x_t=x + 1).shape == (4,)
 
 
 SMALL = dict(batch_size=8, log_every=2, sample_every=0, checkpoint_every=0, progress=False, z_dim=4)
