@@ -11,6 +11,7 @@ Arms:
     compile     the same with its networks compiled
     diffusers, denoising-diffusion-pytorch    where installed, ddpm: their noising and loss around the same network
     ours, ours-compile                        the engine's step, without and with compile=True; on CUDA in its graphs
+    ours-kept                                 method2 with recompute="none": one chain, but the graph of all its steps
 
 `floor_ms` is the time of the networks alone: as many forward and backward passes as a step of ours cannot do without,
 with no noise, loss, update or average. `peak_mib` is what tensors take at most in a step beside networks, optimisers
@@ -209,12 +210,12 @@ class ReferenceMethod2:
 class Ours:
     """The engine's step of ddpm or method 2."""
 
-    def __init__(self, case: Case, nets: Nets):
+    def __init__(self, case: Case, nets: Nets, **options: object):
         kind = dgf.methods.find(case.family)
         settings = dict(T=case.steps, schedule="linear", steps=10**6)
         if case.family == "method2":
             settings |= dict(critic_start="scratch", chain_mode="train")
-        self.method, self.count = kind(kind.Config(**settings), case.shape), 0
+        self.method, self.count = kind(kind.Config(**settings, **options), case.shape), 0
         nets = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
         self.state = State(nets, self.method.optimizers(nets), self.method.averaged, self.method.config)
         self.run = Steps.on(case.device, self.method, self.state)
@@ -333,6 +334,8 @@ def arms_of(case: Case, options: Options) -> dict[str, tuple[Callable, bool]]:
     """Arm -> (how it is made of (case, networks), whether its networks are compiled)."""
     reference, ours = MAKE[case.family]
     found = {"reference": (reference, False), "ours": (ours, False)}
+    if case.family == "method2":
+        found["ours-kept"] = (partial(ours, recompute="none"), False)
     if options.compile:
         found |= {"compile": (reference, True), "ours-compile": (ours, True)}
     for name, (package, make) in PEERS.items() if case.family == "ddpm" else ():
