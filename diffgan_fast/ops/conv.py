@@ -6,9 +6,12 @@ channels_last. All else is torch's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 from diffgan_fast._native import LIBRARY
 from diffgan_fast.backends import resolve
@@ -16,6 +19,12 @@ from diffgan_fast.backends import resolve
 LIBRARY.define("conv2d_weight_gradient(Tensor x, Tensor grad, int kernel, int stride, int padding) -> (Tensor, Tensor)")
 _RAW = torch.ops.diffgan_fast
 _EXISTS = torch._C._dispatch_has_kernel_for_dispatch_key("diffgan_fast::conv2d_weight_gradient", "CPU")
+
+
+@register_flop_formula(_RAW.conv2d_weight_gradient)
+def _flops(x: torch.Size, grad: torch.Size, kernel: int, *_, **__) -> int:
+    """For the counters of torch and of `nets.macs`, as for torch's own: without the biases."""
+    return 2 * math.prod(grad) * x[1] * kernel**2
 
 
 def _in_channels_last(*tensors: torch.Tensor) -> bool:
@@ -53,7 +62,7 @@ def conv2d(
     """A convolution with a square kernel.
 
     Its weights' gradient is ours where x and weight are float32 in channels_last on the CPU, outside of autocast,
-    compiled code and functorch. Its numbers do not depend on how many threads there are.
+    compiled code and functorch; it does not depend on the number of threads.
 
     Args:
         x: [N, C, H, W].

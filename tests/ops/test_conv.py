@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffgan_fast import nets
 from diffgan_fast.ops import conv
@@ -126,6 +127,17 @@ def test_a_gradient_in_another_layout():
     want = torch.autograd.grad(functional.conv2d(x, w, b, padding=1), (x, w, b), up)
     for g, v in zip(got, want, strict=True):
         torch.testing.assert_close(g, v, rtol=1e-4, atol=1e-4)
+
+
+@ours
+def test_its_operations_are_counted():
+    x, w, b = case(SHAPES[3])
+    counts = []
+    for function in (conv2d, functional.conv2d):
+        with FlopCounterMode(display=False) as counter:
+            function(x, w, b, stride=2, padding=1).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_layer_is_torchs_by_another_name():
