@@ -24,7 +24,7 @@ from diffgan_fast.run import Run
 DATA = "gaussians25"
 # What all arms have, and arm -> its method and what it has beside
 COMMON: dict[str, Any] = dict(
-    steps=14_000,
+    steps=11_500,
     batch_size=256,
     z_dim=2,
     layers=4,
