@@ -111,7 +111,7 @@ def cpu_library(build: Ninja, out: Path) -> dict:
         sets.append("avx2")
         flags.append("-DDGF_AVX2")
     folder = ROOT / "csrc/cpu"
-    objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in (*OPS, "mlp", "embedding", "conv")]
+    objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in (*OPS, "mlp", "embedding", "conv", "norm")]
     objects += [build.compile("cxx", folder / f"{s}.cpp", CXXFLAGS + (AVX2 if s == "avx2" else [])) for s in sets]
     build.link("link", out, objects, [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
     build.run(out)

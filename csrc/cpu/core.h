@@ -28,6 +28,15 @@ template <class A> struct Finish {
   A *out = nullptr, *active = nullptr;
 };
 
+// Some channels of one sample, in whole groups; pixels are `stride` apart. Pointers are those of the first channel (stats:
+// of the first group: its mean and 1 / standard deviation). shift may be null.
+constexpr int64_t kNormChannels = 64;
+struct NormPart {
+  int64_t pixels, stride, channels, per_group;
+  const float *x, *scale, *bias, *shift, *stats;
+  float* out;
+};
+
 // Kernels work on one chunk (`square_sums`: on pieces of samples). Those that read coefficient rows return false if one
 // is out of range or undefined.
 struct Kernels {
@@ -40,6 +49,8 @@ struct Kernels {
   void (*square_sums)(const Grid&, Dtype, const void* x, int64_t pieces, double* sums, int64_t begin, int64_t end);
   void (*scale_samples)(const Grid&, Dtype, const void* x, const double* factors, void* out, int64_t chunk);
   void (*sinusoids)(int64_t n, int64_t half, const float* x, const float* frequencies, float* out);
+  void (*group_norm_silu)(const NormPart&, float eps, float* stats);
+  void (*group_norm_silu_grad)(const NormPart&, const float* grad, double* scale, double* bias, float* shift);
   // of products.h; all but `finish` are null where torch's own libraries are faster
   void (*finish)(int64_t rows, int64_t width, const float* sums, int64_t stride, int64_t r, int64_t j, const Finish<float>&);
   void (*pack)(const float* w, bool transposed, int64_t k, int64_t n, int64_t stride, int64_t panel, float* out);

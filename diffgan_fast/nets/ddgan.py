@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffgan_fast.ops.norm import group_norm_silu
+
 from .checks import check_at_least, check_images, check_latents, preset_for
 from .conv import Conv2d
 from .embedding import sinusoidal
 from .fir import fir_blur, fir_down, fir_up
+from .norm import EPS, GroupNormSiLU, groups_of
 from .scaled import SQRT_HALF, variance_scaled
-from .unet import SelfAttention, group_norm, level_resolutions
+from .unet import SelfAttention, level_resolutions
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,21 @@ PRESETS = {
 BY_SIZE = {8: "8", 28: "28", 32: "cifar10", 256: "256"}
 
 
-class AdaptiveGroupNorm(nn.Module):
-    """γ(w) · GroupNorm(x) + β(w): the mapped latent w scales and shifts each channel. At first γ(0) = 1, β(0) = 0."""
+class AdaptiveGroupNormSiLU(nn.Module):
+    """SiLU(γ(w) · GroupNorm(x + shift) + β(w)): the mapped latent w scales and shifts each channel.
+
+    At first γ(0) = 1, β(0) = 0.
+    """
 
     def __init__(self, channels: int, latent: int):
         super().__init__()
-        self.norm = group_norm(channels, affine=False)
+        self.groups = groups_of(channels)
         self.style = variance_scaled(nn.Linear(latent, 2 * channels), fan="out")
         nn.init.ones_(self.style.bias[:channels])
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        gamma, beta = self.style(w)[:, :, None, None].chunk(2, dim=1)
-        return gamma * self.norm(x) + beta
+    def forward(self, x: Tensor, w: Tensor, shift: Tensor | None = None) -> Tensor:
+        gamma, beta = self.style(w).chunk(2, dim=1)
+        return group_norm_silu(x, gamma, beta, shift, groups=self.groups, eps=EPS)
 
 
 class Block(nn.Module):
@@ -79,21 +85,20 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.resample = resample
-        self.norm1 = AdaptiveGroupNorm(in_channels, latent)
+        self.norm1 = AdaptiveGroupNormSiLU(in_channels, latent)
         self.conv1 = variance_scaled(Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb = variance_scaled(nn.Linear(emb_dim, out_channels))
-        self.norm2 = AdaptiveGroupNorm(out_channels, latent)
+        self.norm2 = AdaptiveGroupNormSiLU(out_channels, latent)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = variance_scaled(Conv2d(out_channels, out_channels, 3, padding=1), 0.0)
         same = in_channels == out_channels and resample is None
         self.skip = nn.Identity() if same else variance_scaled(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor, w: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x, w))
+        h = self.norm1(x, w)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
-        h = self.conv1(h) + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h, w))))
+        h = self.conv2(self.dropout(self.norm2(self.conv1(h), w, self.emb(emb))))
         return (self.skip(x) + h) * SQRT_HALF
 
 
@@ -229,7 +234,7 @@ class DDGANGenerator(nn.Module):
             self.up.append(UpLevel(stack, attend, block(here, here, resample=fir_up) if resolution < size else None))
 
         out = variance_scaled(Conv2d(here, channels, 3, padding=1), 0.0)
-        self.head = nn.Sequential(group_norm(here), nn.SiLU(), out, nn.Tanh() if bounded else nn.Identity())
+        self.head = nn.Sequential(GroupNormSiLU(here), out, nn.Tanh() if bounded else nn.Identity())
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x̂0, a guess at the clean images.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import check_at_least, check_images, check_labels
 from .conv import Conv2d
 from .embedding import sinusoidal
+from .norm import GroupNormSiLU, group_norm
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -18,12 +19,6 @@ PRESETS = {
     28: dict(width=64, multipliers=(1, 2, 2), blocks=2, attention=(14,)),
     32: dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1),
 }
-
-
-def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
-    """Group norm with as many groups as fit: at most 32, each of at least 4 channels."""
-    groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4)
-    return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -38,18 +33,18 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, dropout: float):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNormSiLU(in_channels)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.norm2(self.conv1(self.norm1(x)), self.emb(emb))
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class SelfAttention(nn.Module):
@@ -186,7 +181,7 @@ class UNet(nn.Module):
             self.up.append(UpLevel(stack, here, grow=resolution < size))
 
         out = zeroed(Conv2d(here, channels, 3, padding=1))
-        self.head = nn.Sequential(group_norm(here), nn.SiLU(), out)
+        self.head = nn.Sequential(GroupNormSiLU(here), out)
 
     @classmethod
     def preset(cls, size: int, channels: int, **changes) -> "UNet":

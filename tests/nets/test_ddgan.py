@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from diffgan_fast.nets import DDGANGenerator, DDGANPointGenerator
-from diffgan_fast.nets.ddgan import AdaptiveGroupNorm
+from diffgan_fast.nets.ddgan import AdaptiveGroupNormSiLU
 
 from .helpers import count, images, randomise
 from .test_embedding import closed_form
@@ -74,7 +74,7 @@ def test_28_px_goes_through_14_and_7():
 
 
 def test_adaptive_group_norm_is_its_formula():
-    layer = randomise(AdaptiveGroupNorm(8, 3).double(), scale=0.7)  # 8 channels: 2 groups of 4
+    layer = randomise(AdaptiveGroupNormSiLU(8, 3).double(), scale=0.7)  # 8 channels: 2 groups of 4
     x, w = images(2, 8, 5, dtype=torch.float64), torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.5, -0.2]], dtype=torch.float64)
     a, weight, bias = x.numpy(), layer.style.weight.detach().numpy(), layer.style.bias.detach().numpy()
     expected = np.empty_like(a)
@@ -83,13 +83,14 @@ def test_adaptive_group_norm_is_its_formula():
         for c in range(8):
             group = a[n, c // 4 * 4 : c // 4 * 4 + 4]
             normed = (a[n, c] - group.mean()) / np.sqrt(group.var() + 1e-6)
-            expected[n, c] = style[c] * normed + style[8 + c]
+            z = style[c] * normed + style[8 + c]
+            expected[n, c] = z / (1 + np.exp(-z))
     np.testing.assert_allclose(layer(x, w).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_adaptive_group_norm_starts_as_a_plain_one():
-    layer, x = AdaptiveGroupNorm(8, 3), images(2, 8, 5)
-    torch.testing.assert_close(layer(x, torch.zeros(2, 3)), F.group_norm(x, 2, eps=1e-6))
+    layer, x = AdaptiveGroupNormSiLU(8, 3), images(2, 8, 5)
+    torch.testing.assert_close(layer(x, torch.zeros(2, 3)), F.silu(F.group_norm(x, 2, eps=1e-6)))
     assert not torch.allclose(layer(x, torch.ones(2, 3)), layer(x, torch.zeros(2, 3)))
 
 
@@ -153,7 +154,7 @@ class Written:
             h = self.block(f"up.1.blocks.{i}", torch.cat([h, skip], 1))
         scale, shift = self.state["head.0.weight"], self.state["head.0.bias"]
         h = self.norm(h) * scale[:, None, None] + shift[:, None, None]
-        return self.conv("head.2", F.silu(h), padding=1).tanh()
+        return self.conv("head.1", F.silu(h), padding=1).tanh()
 
 
 def test_the_generator_follows_its_description():

@@ -64,7 +64,7 @@ def to_diffusers(state):
         ("time.0.", "time_embedding.linear_1."),
         ("time.2.", "time_embedding.linear_2."),
         ("head.0.", "conv_norm_out."),
-        ("head.2.", "conv_out."),
+        ("head.1.", "conv_out."),
         ("middle.0.residual.", "mid_block.resnets.0."),
         ("middle.0.attention.", "mid_block.attentions.0."),
         ("middle.1.residual.", "mid_block.resnets.1."),
