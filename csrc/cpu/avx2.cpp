@@ -31,14 +31,17 @@ struct Avx2 {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static I bits(F a) { return _mm256_castps_si256(a); }
   static F from_bits(I a) { return _mm256_castsi256_ps(a); }
   static F select_odd(I odd, F a, F b) { return _mm256_blendv_ps(b, a, from_bits(shl<31>(odd))); }
 
+  static I lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static void counters(uint64_t block, I& lo, I& hi) {
-    const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    lo = add(splat(static_cast<uint32_t>(block)), lane);
+    lo = add(splat(static_cast<uint32_t>(block)), lanes());
     hi = splat(static_cast<uint32_t>(block >> 32));
     if (static_cast<uint32_t>(block) > 0xffffffffu - 7u)  // lanes that wrapped are 0..6, the others negative: carry
       hi = sub(hi, _mm256_cmpgt_epi32(lo, _mm256_set1_epi32(-1)));
@@ -69,6 +72,10 @@ struct Avx2 {
   static I nearest(F a) { return _mm256_cvtps_epi32(a); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  // The first `n` lanes, or all: memory behind them is not touched.
+  static I first(int64_t n) { return _mm256_cmpgt_epi32(splat(static_cast<uint32_t>(n)), lanes()); }
+  static F load(const float* p, int64_t n) { return n >= width ? load(p) : _mm256_maskload_ps(p, first(n)); }
+  static void store(float* p, int64_t n, F v) { n >= width ? store(p, v) : _mm256_maskstore_ps(p, first(n), v); }
   static F slope_at(F z, float slope) {
     return _mm256_blendv_ps(splat(slope), splat(1.0f), _mm256_cmp_ps(z, splat(0.0f), _CMP_GT_OQ));
   }
