@@ -36,7 +36,7 @@ class Reverse:
         eta: noise of "ddim", 0..1.
         variance, prediction, clip_x0: as for `ops.ddpm_step`.
         guidance_scale: s of classifier-free guidance, e_u + s (e - e_u) (Ho and Salimans 2022); 1 is none. The network
-            then runs a second time, with `uncond` in place of `cond`.
+            then predicts a second time, with `uncond` in place of `cond`.
         critic: logits [N] or [N, K] = critic(x_t, t=t), of real over generated: critic guidance (Kim et al. 2023),
             eps - w sqrt(1 - abar_t) grad_x logit, K logits averaged. None: none. The critic is told the t that the
             network is told, and is best in eval mode.
@@ -93,8 +93,11 @@ class Reverse:
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
         first_sample: int = 0,
+        doubled: bool = False,
     ) -> torch.Tensor:
         """x_{t-1} from x_t = x [N, …]; t in 1..T counts the steps that are made, and `key` is that of this step.
+
+        doubled: both predictions of classifier-free guidance may come from one call with 2 N samples; see `_doubles`.
 
         Differentiable where gradients are enabled, through the critic's gradient too. In a CUDA graph t is an int64
         tensor with one number on x's device, and `guided` says what `guides(t)` does.
@@ -107,10 +110,17 @@ class Reverse:
             told, t = self._told_on[x.device][t.view(1)], t.expand(len(x))
         told = told.expand(len(x))  # one number, as a network may notice
         options: dict[str, Any] = dict(prediction=self.prediction, clip_x0=self.clip_x0, first_sample=first_sample)
-        out = model(x, told, **(cond or {})).to(x.dtype)
-        if self.guidance_scale != 1.0:
-            without = model(x, told, **(uncond or {})).to(x.dtype)
-            options |= dict(eps_uncond=without, guidance_scale=self.guidance_scale)
+        cond, uncond = cond or {}, uncond or {}
+        if self.guidance_scale == 1.0:
+            out = model(x, told, **cond)
+        else:
+            if doubled and _doubles(x, cond, uncond):
+                both = {name: torch.cat((v, uncond[name])) for name, v in cond.items()}
+                out, without = model(torch.cat((x, x)), told[:1].expand(2 * len(x)), **both).chunk(2)
+            else:
+                out, without = model(x, told, **cond), model(x, told, **uncond)
+            options |= dict(eps_uncond=without.to(x.dtype), guidance_scale=self.guidance_scale)
+        out = out.to(x.dtype)
         if self.critic is not None and guided:
             options |= dict(logit_grad=self._logit_grad(self.critic, x, told), logit_scale=self.logit_scale)
         if self.sampler == "ddpm":
@@ -132,6 +142,21 @@ class Reverse:
         return grad.to(x.dtype)
 
 
+# Numbers in x_t up to which a CPU takes less time for one call with 2 N samples than for two with N: 1.6 times less for
+# 4 images of 8 px, as much at 64, 1.1 times more at 256, whose activations no longer fit in its caches.
+DOUBLED = 4096
+
+
+def _doubles(x: torch.Tensor, cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> bool:
+    """Whether one call with 2 N samples is as good as two, and faster: always on a GPU, which N seldom fill.
+
+    Only for labels, int64 [N]: other tensors may belong to the whole call.
+    """
+    values = (*cond.values(), *uncond.values())
+    labels = all(isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.shape == x.shape[:1] for v in values)
+    return labels and cond.keys() == uncond.keys() and (x.is_cuda or x.numel() <= DOUBLED)
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -150,12 +175,13 @@ def sample(
     """Samples from a denoiser.
 
     Args:
-        model: denoiser `model(x, t, **cond)`, t int64 [N]; in eval mode.
+        model: denoiser `model(x, t, **cond)`, t int64 [N]; in eval mode, and able to take any number of samples.
         shape: [N, …] of the samples.
         key: names an endless sequence of samples; x_T is drawn from `fold_in(key, "x_T")` and step t from
             `fold_in(key, t)`, so sample i is the same in any batch (up to the network's own rounding).
         cond: what else the network takes, by name.
-        uncond: what it takes instead of `cond` for its unconditional prediction (with guidance_scale).
+        uncond: what it takes instead of `cond` for its unconditional prediction (with guidance_scale). Where both are
+            labels, int64 [N], of the same names, one call may make both predictions.
         first_sample: number of the first sample in the sequence.
         on_step: called with (t, x_t) before every step and with (0, x_0) at the end.
         reverse: how the steps are made: sampler=, steps=, guidance_scale=, critic=, …; see `Reverse`.
@@ -165,7 +191,8 @@ def sample(
     step = Reverse(schedule=schedule, **reverse)
 
     def reverse_step(x: torch.Tensor, t: int | torch.Tensor, key: random.Key, guided: bool) -> torch.Tensor:
-        return step.step(model, x, t, key, guided=guided, cond=cond, uncond=uncond, first_sample=first_sample)
+        options: dict[str, Any] = dict(cond=cond, uncond=uncond, first_sample=first_sample)
+        return step.step(model, x, t, key, guided=guided, doubled=True, **options)
 
     x = _begin(shape, key, first_sample, channels_last, device)
     steps = _Captured(x, reverse_step, step.guides) if _worthwhile(x, step.T) else None

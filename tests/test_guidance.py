@@ -191,6 +191,30 @@ def test_what_the_networks_are_told():
         assert torch.equal(x, y) and torch.equal(t, u) and t.dtype == torch.int64 and t.shape == (4,)
 
 
+@pytest.mark.parametrize("told", ("labels", "few labels", "a vector for all", "labels of one kind"))
+def test_one_call_predicts_with_and_without_the_class(told):
+    """Only a few samples, told by labels; in the end they are those of two calls."""
+    data, calls = (CLASS, OTHER, UNCONDITIONAL), []
+    n = 3000 if told == "labels" else 4
+    y = torch.arange(n) % 2
+
+    def model(x, t, y=None):
+        y = torch.full((len(x),), 2) if y is None else y
+        calls.append((len(x), len(t)))
+        eps = torch.stack([mixture.denoiser(p, SCHEDULE, "eps")(x, t) for p in data])
+        return eps.gather(0, y.long()[None, :, None].expand(1, -1, 2))[0]
+
+    cond, uncond = dict(y=y), dict(y=torch.full((n,), 2))
+    if told == "a vector for all":
+        cond, uncond = dict(y=y.float()), dict(y=uncond["y"].float())
+    if told == "labels of one kind":
+        uncond = {}
+    x = dgf.sample(model, (n, 2), SCHEDULE, KEY, cond=cond, uncond=uncond, guidance_scale=2.0)
+    assert calls == ([(8, 8)] * T if told == "few labels" else [(n, n)] * 2 * T)
+    for k, of in enumerate((CLASS, OTHER)):
+        near(x[k::2], by_hand((n, 2), s=2.0, of=of)[k::2], 1e-4)
+
+
 def test_sampling_leaves_no_gradients():
     class Critic(torch.nn.Module):
         def __init__(self):
