@@ -23,6 +23,7 @@ OPS = ("random", "noise", "step", "loss", "penalty")
 NAMES = (
     *OPS,
     "conv",
+    "norm",
     "training",
     "steps",
     "points",

@@ -19,12 +19,16 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, and its family and model where the system gives them: virtual machines share names."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        text = ""
+    found = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.M) for key in ("model name", "cpu family", "model")}
+    name, family, model = (match and match.group(1).strip() for match in found.values())
+    if name is None:
+        return platform.processor() or platform.machine()
+    return f"{name}, family {family} model {model}" if family and model else name
 
 
 def slug(device: str) -> str:

@@ -17,7 +17,7 @@ from benchmarks import cases, gpu, machine, oracle, report
 from benchmarks.__main__ import main
 from benchmarks.harness import measure
 from diffgan_fast import backends
-from diffgan_fast.ops import conv
+from diffgan_fast.ops import conv, norm
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no native library for the CPU")
 QUICK = cases.Options(quick=True, compile=False)
@@ -73,6 +73,15 @@ def test_conv_benchmark():
 
     rows = report.with_ratios(benchmark.run(QUICK))
     assert {row["provider"]: row["status"] for row in rows} == {"eager": "ok", "dgf": "ok"}
+
+
+@pytest.mark.skipif(not norm._EXISTS, reason="the CPU library is not there")
+def test_norm_benchmark():
+    from benchmarks import norm as benchmark
+
+    rows = report.with_ratios(benchmark.run(QUICK))
+    assert {row["provider"]: row["status"] for row in rows} == {"eager": "ok", "dgf": "ok"}
+    assert len(rows) == 4 and all(row["floor_ms"] > 0 for row in rows)
 
 
 def test_training_benchmark():
