@@ -36,11 +36,12 @@ def _array(points: Tensor, name: str) -> np.ndarray:
 
 
 class _View:
-    """The square around the real points of a data set, in which all its panels are drawn alike."""
+    """The square around the real points of a data set, or around others, in which all its panels are drawn alike."""
 
-    def __init__(self, real: np.ndarray):
+    def __init__(self, real: np.ndarray, within: np.ndarray | None = None):
         self.real = real
-        low, high = real.min(0), real.max(0)
+        around = real if within is None else within
+        low, high = around.min(0), around.max(0)
         half = (high - low).max() * (0.5 + MARGIN) or 1.0
         self.x, self.y = ((float(middle - half), float(middle + half)) for middle in (low + high) / 2)
         self.densest = self._shares(real).max()
@@ -104,16 +105,24 @@ def scatter(samples: Tensor, path: str | os.PathLike, real: Tensor | None = None
     return files.write(path, _png(figure))
 
 
-def panels(rows: Mapping[str, Mapping[str, Tensor]], real: Mapping[str, Tensor], kind: Kind = "scatter") -> bytes:
+def panels(
+    rows: Mapping[str, Mapping[str, Tensor]],
+    real: Mapping[str, Tensor],
+    kind: Kind = "scatter",
+    *,
+    within: Tensor | None = None,
+) -> bytes:
     """A grid of panels: a row for each model, a column for each data set, and the real points as the first row.
 
-    All panels of a column have the same limits and the same colours, which follow from its real points.
+    All panels of a column have the same limits and the same colours, which follow from its real points; with `within`
+    all panels have the same limits.
 
     Args:
         rows: name of a model -> name of a data set -> its samples ``[N, 2]``; what is missing leaves its place empty.
         real: name of a data set -> real points ``[M, 2]``: the columns, in this order.
         kind: "scatter", samples over grey real points, the first 2,000 of each; or "density", the share of all points
             in each of 64 x 64 cells, relative to the real points' densest cell, on a log scale of three decades.
+        within: points ``[M, 2]`` that all panels show room for.
 
     Returns:
         the bytes of a PNG file with a transparent ground.
@@ -125,7 +134,8 @@ def panels(rows: Mapping[str, Mapping[str, Tensor]], real: Mapping[str, Tensor],
         raise ValueError(f"kind must be scatter or density, not {kind!r}")
     if not real:
         raise ValueError("real must hold at least one data set")
-    views = {name: _View(_array(points, f"real[{name!r}]")) for name, points in real.items()}
+    room = None if within is None else _array(within, "within")
+    views = {name: _View(_array(points, f"real[{name!r}]"), room) for name, points in real.items()}
     figure = _figure(PANEL * len(views) + 0.3, PANEL * (len(rows) + 1) + 0.2)
     grid = figure.subplots(len(rows) + 1, len(views), squeeze=False)
     for line, (model, by_data) in zip(grid, [("real data", None), *rows.items()], strict=True):

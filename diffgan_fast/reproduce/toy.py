@@ -149,7 +149,8 @@ def _page(rows: Rows, noised: dict[int, list[torch.Tensor]], schedule: Schedule,
     )
     times = list(noised)
     real = {f"t = {t}": noised[t][0] for t in times}
-    shown = report.panels({f"θ = {THETA:g}": {f"t = {t}": noised[t][1] for t in times}}, real)
+    rows_shown = {f"θ = {THETA:g}": {f"t = {t}": noised[t][1] for t in times}}
+    shown = report.panels(rows_shown, real, within=torch.cat([points for pair in noised.values() for points in pair]))
     plots = [
         picture(report.functions(_divergences(schedule, times, sigma), "θ", _names(times), "JS divergence"), alt="JS"),
         picture(report.functions(_critics(schedule, times, sigma), "y₁", _names(times), "Optimal critic"), alt="D*"),

@@ -44,6 +44,8 @@ def test_limits_are_square_fixed_and_count_what_lies_beyond():
     shares = view._shares(np.array([[-0.4, 8.03], [-0.4, 8.03], [9.0, 9.0], [4.4, 12.9]]))
     assert shares[0, 1] == 0.5 and shares[62, 62] == 0.25 and shares.sum() == 0.75  # [row of y, column of x]
     assert _View(np.zeros((3, 2))).x == (-1, 1)
+    wide = _View(np.zeros((3, 2)), within=np.array([[-1.0, 0.0], [3.0, 2.0]]))
+    np.testing.assert_allclose((wide.x, wide.y), [[1 - 2.48, 1 + 2.48], [1 - 2.48, 1 + 2.48]])
 
 
 @pytest.mark.parametrize("kind", ["scatter", "density"])
@@ -66,6 +68,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         (lambda: scatter(SQUARE * torch.nan, tmp_path / "s.png"), "samples must be finite"),
         (lambda: panels({}, {}), "real must hold at least one data set"),
         (lambda: panels({}, {"a": SQUARE}, "line"), "kind must be scatter or density, not 'line'"),
+        (lambda: panels({}, {"a": SQUARE}, within=SQUARE[:0]), "within must be points"),
         (lambda: panels({"m": {"a": SQUARE[0]}}, {"a": SQUARE}), r"rows\['m'\]\['a'\] must be points"),
     ):
         with pytest.raises(ValueError, match=message):
