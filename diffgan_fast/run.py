@@ -199,7 +199,7 @@ class Run:
             result |= {} if loss is None else {"eval_loss": loss}
         if self.best and held_out is None:
             result["warnings"] += ["This checkpoint was chosen on the data that it is scored on, which flatters it."]
-        result |= {"sample_seconds": round(seconds, 3), "step": self.state.step, "seed": seed, "sampling": how}
+        result |= {"sample_seconds": seconds, "step": self.state.step, "seed": seed, "sampling": how}
         files.write(self._evaluation, json.dumps(result, indent=1) + "\n")
         return result
 
