@@ -76,7 +76,7 @@ class RealBalls:
     """
 
     def __init__(self, real: Tensor, k: int = 3, density_k: int = 5):
-        if not 1 <= density_k < len(real):
+        if density_k not in range(1, len(real)):
             raise ValueError(f"density_k must be 1..{len(real) - 1} for {len(real)} real samples, not {density_k}")
         self.real, self.k, self.density_k = real, k, density_k
 
@@ -93,7 +93,7 @@ class RealBalls:
         """What :func:`prdc` gives for float64 ``[m, d]``."""
         real, k, density_k = self.real, self.k, self.density_k
         (n, m), least = (len(real), len(fake)), min(len(real), len(fake))
-        if not 1 <= k < least:
+        if k not in range(1, least):
             raise ValueError(f"k must be 1..{least - 1} for {n} real and {m} fake samples, not {k}")
         reach, dense_reach = self.nearest[:, k - 1 : k], self.nearest[:, density_k - 1 : density_k]
         reach_fake = squared_neighbour_distances(fake, k, self.middle)[:, k - 1]

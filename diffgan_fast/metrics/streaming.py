@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import modes, neighbours
-from .checks import checked
+from .checks import checked, float64
 from .frechet import Moments, fid
 from .kernel import kid
 from .knn import knn_kl
@@ -184,6 +184,11 @@ class ModeCoverage(_Summed):
 
     def _sums_of(self, fake) -> tuple[Tensor, ...]:
         return (modes.nearest_modes(fake, self.modes, self.radius),)
+
+    def _merge(self, other: Self) -> None:
+        if self.radius != other.radius or not torch.equal(float64(self.modes), float64(other.modes)):
+            raise ValueError("other must have the same modes and radius: its samples were counted by those")
+        super()._merge(other)
 
     def compute(self) -> tuple[int, float]:
         return modes.coverage_of_modes(self._known()[0], self.least)

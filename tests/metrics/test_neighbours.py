@@ -160,6 +160,8 @@ X = features(10, 3, 0)
         (lambda: prdc(X, X[:, :2]), "fake must have 3 features as real has, not 2"),
         (lambda: prdc(X, X[:4], 4), "k must be 1..3 for 10 real and 4 fake samples, not 4"),
         (lambda: prdc(X, X, 0), "k must be 1..9"),
+        (lambda: prdc(X, X, 2.5), "k must be 1..9 .* not 2.5"),
+        (lambda: prdc(X, X, 3, 2.5), "density_k must be 1..9 .* not 2.5"),
         (lambda: density_coverage(X, X, 10), "density_k must be 1..9 for 10 real samples, not 10"),
         (lambda: prdc(X, X + np.inf), "fake must be finite"),
     ],

@@ -163,3 +163,6 @@ def test_what_is_missing_is_named():
         KID().update(REAL[:1], FAKE).compute()
     with pytest.raises(ValueError, match="other must be a KID, not a KnnKL"):
         KID().merge(KnnKL())
+    for other in (ModeCoverage(CENTRES, 2.0), ModeCoverage(CENTRES + 1, 4.0), ModeCoverage(CENTRES[:4], 4.0)):
+        with pytest.raises(ValueError, match="other must have the same modes and radius"):
+            ModeCoverage(CENTRES, 4.0).update(FAKE).merge(other.update(FAKE))
