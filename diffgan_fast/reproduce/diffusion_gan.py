@@ -46,7 +46,7 @@ WHAT = {
 SCORES = {"fid": 3, "kid": 4, "recall": 3}
 SET_BY_STUDY = {"steps", "seed", "network", *(key for _, own in CONFIGS.values() for key in own)}
 
-# (network, configuration) -> for each seed its scores, those of real data, seconds of training, and the last T
+# (network, configuration) -> for each seed its scores, those of real data, seconds of training, with noise the last T
 Results = dict[tuple[str, str], list[dict[str, float]]]
 
 
@@ -97,9 +97,8 @@ def reproduce_diffusion_gan(
         run = train(method, data, folder / network / config / f"seed-{seed}", seed=seed, **settings)
         scores = run.evaluated(n, seed=seed + 1)
         kept = {name: scores[name] for score in SCORES for name in (score, _real(score))}
-        results.setdefault((network, config), []).append(
-            kept | {"seconds": run.seconds, "T": run.history[-1].get("T", 0.0)}
-        )
+        level = {"T": run.history[-1]["T"]} if method == "diffusion-gan" else {}
+        results.setdefault((network, config), []).append(kept | {"seconds": run.seconds} | level)
         first.setdefault((network, config), run)
     files.write(folder / "report.html", _page(results, first, data, n, kimg).encode())
     return results
@@ -115,7 +114,8 @@ def diffusion_gan_table(results: Results) -> tuple[list[dict[str, Any]], dict[st
     rows: list[dict[str, Any]] = [
         {"network": network, "config": config}
         | {score: spread([seed[score] for seed in seeds], decimals) for score, decimals in SCORES.items()}
-        | {"T": spread([seed["T"] for seed in seeds], 0), "seconds": spread([seed["seconds"] for seed in seeds], 1)}
+        | ({"T": spread([seed["T"] for seed in seeds], 0)} if "T" in seeds[0] else {})
+        | {"seconds": spread([seed["seconds"] for seed in seeds], 1)}
         for (network, config), seeds in results.items()
     ]
     real = next(iter(results.values()))[0]
