@@ -28,6 +28,8 @@ CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-trapping-ma
 CXXFLAGS += ["-Wall", "-Wno-unused-parameter"]
 OPS = ("random", "noise", "step", "loss", "penalty")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 
 
 def torch_paths() -> tuple[Path, str]:
@@ -105,14 +107,14 @@ def find_nvcc() -> str:
 def cpu_library(build: Ninja, out: Path) -> dict:
     torch, version = torch_paths()
     includes = [f"-I{torch}/include"]
-    sets = ["baseline"]
     flags = [*CXXFLAGS, *DEFINES, *includes]
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        sets.append("avx2")
-        flags.append("-DDGF_AVX2")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = list(INSTRUCTION_SETS) if x86 else ["baseline"]
+    if x86:
+        flags.append("-DDGF_X86")
     folder = ROOT / "csrc/cpu"
     objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in (*OPS, "mlp", "embedding", "conv", "norm")]
-    objects += [build.compile("cxx", folder / f"{s}.cpp", CXXFLAGS + (AVX2 if s == "avx2" else [])) for s in sets]
+    objects += [build.compile("cxx", folder / f"{s}.cpp", CXXFLAGS + INSTRUCTION_SETS[s]) for s in sets]
     build.link("link", out, objects, [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
     build.run(out)
     return {"instruction_sets": sets, "torch": version}

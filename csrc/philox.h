@@ -9,7 +9,7 @@
 //   integer : (w * high) >> 32 in [0, high)
 //
 // The code is written against a "vector" V of lanes, so that one text serves scalars (host, CUDA) and SIMD registers.
-// Everything has internal linkage: a copy compiled for AVX2 must never replace the baseline's at link time.
+// Everything has internal linkage: a copy compiled for AVX2 or AVX-512 must never replace the baseline's at link time.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).resolve().parent
-INSTRUCTION_SETS = ("baseline", "avx2")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def build_info() -> dict:

@@ -46,29 +46,6 @@ struct Avx2 {
     if (static_cast<uint32_t>(block) > 0xffffffffu - 7u)  // lanes that wrapped are 0..6, the others negative: carry
       hi = sub(hi, _mm256_cmpgt_epi32(lo, _mm256_set1_epi32(-1)));
   }
-  // Ten rounds on two sets of counters, step by step: with 32 x 32 multiplications in flight for one set, the other's
-  // shuffles and xors have work to do.
-  static void philox2(I a[4], I b[4], uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      I ah0, al0, ah1, al1, bh0, bl0, bh1, bl1;
-      mul_wide(a[0], kPhiloxM0, ah0, al0);
-      mul_wide(b[0], kPhiloxM0, bh0, bl0);
-      mul_wide(a[2], kPhiloxM1, ah1, al1);
-      mul_wide(b[2], kPhiloxM1, bh1, bl1);
-      const I key0 = splat(k0), key1 = splat(k1);
-      a[0] = bxor(bxor(ah1, a[1]), key0);
-      a[1] = al1;
-      a[2] = bxor(bxor(ah0, a[3]), key1);
-      a[3] = al0;
-      b[0] = bxor(bxor(bh1, b[1]), key0);
-      b[1] = bl1;
-      b[2] = bxor(bxor(bh0, b[3]), key1);
-      b[3] = bl0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
-    }
-  }
   static I nearest(F a) { return _mm256_cvtps_epi32(a); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }

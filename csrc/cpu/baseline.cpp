@@ -9,10 +9,6 @@ struct Plain : Scalar {
     lo = static_cast<uint32_t>(block);
     hi = static_cast<uint32_t>(block >> 32);
   }
-  static void philox2(I a[4], I b[4], uint32_t k0, uint32_t k1) {
-    philox4x32<Plain>(a, k0, k1);
-    philox4x32<Plain>(b, k0, k1);
-  }
   static I nearest(F a) { return static_cast<I>(static_cast<int32_t>(std::lrintf(a))); }
   static F div(F a, F b) { return a / b; }
   static F min(F a, F b) { return a < b ? a : b; }

@@ -60,8 +60,9 @@ struct Kernels {
 };
 
 Kernels baseline_kernels();
-#ifdef DGF_AVX2
+#ifdef DGF_X86
 Kernels avx2_kernels();
+Kernels avx512_kernels();
 #endif
 
 }  // namespace dgf

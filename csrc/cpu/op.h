@@ -8,7 +8,7 @@
 namespace dgf {
 
 const Kernels& kernels();       // those of the instruction set in use (random.cpp)
-const char* instruction_set();  // "avx2" or "baseline"
+const char* instruction_set();  // "avx512", "avx2" or "baseline"
 
 inline int64_t chunks(const Grid& g) {
   return g.n == 0 ? 0 : ((g.per_sample ? 0 : static_cast<int64_t>(g.first % kChunk)) + g.n + kChunk - 1) / kChunk;

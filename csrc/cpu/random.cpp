@@ -14,15 +14,18 @@ struct Choice {
   const char* name;
 };
 
-// The best set that this processor has; DIFFGAN_FAST_CPU = baseline | avx2 forces one. An unknown or unavailable name is
-// reported by Python when it loads the library (diffgan_fast/_native.py).
+// The best set that this processor has; DIFFGAN_FAST_CPU = baseline | avx2 | avx512 forces one. An unknown or unavailable
+// name is reported by Python when it loads the library (diffgan_fast/_native.py).
 Choice choose() {
+#ifdef DGF_X86
   const char* wanted = std::getenv("DIFFGAN_FAST_CPU");
-#ifdef DGF_AVX2
-  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (has && (!wanted || std::strcmp(wanted, "baseline") != 0)) return {avx2_kernels(), "avx2"};
+  const auto may = [&](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && may("avx512")) return {avx512_kernels(), "avx512"};
+  if (avx2 && may("avx2")) return {avx2_kernels(), "avx2"};
 #endif
-  (void)wanted;
   return {baseline_kernels(), "baseline"};
 }
 
