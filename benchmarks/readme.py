@@ -206,9 +206,11 @@ def _case(row: dict) -> str:
 
 def section(folder: Path) -> str:
     """What stands between the marks."""
-    meta = json.loads((folder / "noise.json").read_text())["meta"]
+    metas = [json.loads(path.read_text())["meta"] for path in folder.glob("*.json")]
+    days, revisions = sorted({m["date"][:10] for m in metas}), sorted({m["git"][:9] for m in metas})
+    versions = sorted({m["torch"] for m in metas})
     about = (
-        f"Measured on {meta['machine']} with torch {meta['torch']} ({meta['date'][:10]}, revision {meta['git'][:9]})."
+        f"Measured on {folder.name} with torch {', '.join(versions)} ({', '.join(days)}; revisions {', '.join(revisions)})."
     )
     made = (
         ops_table, penalty_table, points_table, training_table, steps_table, chain_tables, sampling_table, ddgan_table,
