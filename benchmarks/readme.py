@@ -207,11 +207,9 @@ def _case(row: dict) -> str:
 def section(folder: Path) -> str:
     """What stands between the marks."""
     metas = [json.loads(path.read_text())["meta"] for path in folder.glob("*.json")]
-    days, revisions = sorted({m["date"][:10] for m in metas}), sorted({m["git"][:9] for m in metas})
-    versions = sorted({m["torch"] for m in metas})
-    about = (
-        f"Measured on {folder.name} with torch {', '.join(versions)} ({', '.join(days)}; revisions {', '.join(revisions)})."
-    )
+    kept = {"torch": None, "date": 10, "git": 9}  # characters
+    torch, days, revisions = (", ".join(sorted({m[key][:n] for m in metas})) for key, n in kept.items())
+    about = f"Measured on {folder.name} with torch {torch} ({days}; revisions {revisions})."
     made = (
         ops_table, penalty_table, points_table, training_table, steps_table, chain_tables, sampling_table, ddgan_table,
         instance_noise_table, metrics_table,
