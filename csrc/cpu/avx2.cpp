@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "winograd.h"
 
 namespace dgf {
 namespace {
@@ -53,6 +54,13 @@ struct Avx2 {
   static I first(int64_t n) { return _mm256_cmpgt_epi32(splat(static_cast<uint32_t>(n)), lanes()); }
   static F load(const float* p, int64_t n) { return n >= width ? load(p) : _mm256_maskload_ps(p, first(n)); }
   static void store(float* p, int64_t n, F v) { n >= width ? store(p, v) : _mm256_maskstore_ps(p, first(n), v); }
+  // Of the first `n` lanes, numbers `step` apart; 0 in the others.
+  static F gather(const float* p, int64_t step, int64_t n) {
+    if (step == 1) return load(p, n);
+    const I at = _mm256_mullo_epi32(lanes(), splat(static_cast<uint32_t>(step)));
+    const F none = splat(0.0f);
+    return _mm256_mask_i32gather_ps(none, p, at, from_bits(first(n)), 4);
+  }
   static F slope_at(F z, float slope) {
     return _mm256_blendv_ps(splat(slope), splat(1.0f), _mm256_cmp_ps(z, splat(0.0f), _CMP_GT_OQ));
   }
@@ -95,6 +103,7 @@ Kernels avx2_kernels() {
     k.product = product<Avx2>;
     k.add_outer = add_outer<Avx2>;
   }
+  k.winograd = &kWinograd<Avx2>;
   return k;
 }
 

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "winograd.h"
 
 namespace dgf {
 namespace {
@@ -54,6 +55,12 @@ struct Avx512 {
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F load(const float* p, int64_t n) { return n >= width ? load(p) : _mm512_maskz_loadu_ps(first(n), p); }
   static void store(float* p, int64_t n, F v) { n >= width ? store(p, v) : _mm512_mask_storeu_ps(p, first(n), v); }
+  // Of the first `n` lanes, numbers `step` apart; 0 in the others.
+  static F gather(const float* p, int64_t step, int64_t n) {
+    if (step == 1) return load(p, n);
+    const I at = _mm512_mullo_epi32(lanes(), splat(static_cast<uint32_t>(step)));
+    return _mm512_mask_i32gather_ps(splat(0.0f), n >= width ? __mmask16(0xffff) : first(n), at, p, 4);
+  }
   static F slope_at(F z, float slope) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(z, splat(0.0f), _CMP_GT_OQ), splat(slope), splat(1.0f));
   }
@@ -75,6 +82,10 @@ struct Avx512 {
 
 }  // namespace
 
-Kernels avx512_kernels() { return kernels_of<Avx512>(); }
+Kernels avx512_kernels() {
+  Kernels k = kernels_of<Avx512>();
+  k.winograd = &kWinograd<Avx512>;
+  return k;
+}
 
 }  // namespace dgf

@@ -37,6 +37,39 @@ struct NormPart {
   float* out;
 };
 
+constexpr int64_t kWinogradInputs = 16;  // whose weights are transformed at a time
+
+// The weights of a 3x3 convolution, by the distances of neighbours in their four dimensions.
+struct WinogradWeights {
+  const float* data;
+  int64_t output, input, down, right;
+};
+
+// A product of matrices [rows, k] [k, panel], whose elements (r, i) and (i, 0) stand at a + r row + i column and b + i step,
+// and those of the result's row r at out + r to.
+struct WinogradProduct {
+  int64_t rows, k;
+  const float* a;
+  int64_t row, column;
+  const float* b;
+  int64_t step;
+  float* out;
+  int64_t to;
+};
+
+// See winograd.h. Products come in panels of `panel` columns; `rows` of them are made at a time.
+struct Winograd {
+  int64_t panel, rows;
+  void (*patch)(const float* const* pixels, int64_t channels, float* out, int64_t step);
+  void (*weights)(WinogradWeights, int64_t inputs, int64_t outputs, float* out, int64_t step, int64_t row);
+  void (*tile)(const float* m, int64_t step, const float* bias, int64_t channels, int64_t height, int64_t width, float* out,
+               int64_t down, int64_t right);
+  void (*product)(const WinogradProduct&);
+  void (*tile_back)(const float* const* pixels, int64_t channels, float* out, int64_t step, float* sums);
+  void (*weights_back)(const float* u, int64_t step, int64_t runs, int64_t run, int64_t inputs, float* out);
+  void (*add_product)(const WinogradProduct&);
+};
+
 // Kernels work on one chunk (`square_sums`: on pieces of samples). Those that read coefficient rows return false if one
 // is out of range or undefined.
 struct Kernels {
@@ -57,6 +90,7 @@ struct Kernels {
   void (*product)(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t column, const float* panels,
                   const Finish<float>&);
   void (*add_outer)(int64_t rows, int64_t k, const float* a, const float* b, float* sums);
+  const Winograd* winograd;  // null without vectors
 };
 
 Kernels baseline_kernels();

@@ -410,7 +410,7 @@ inline void scale_samples_chunk(const Grid& g, Dtype dtype, const void* x_, cons
 template <class V> Kernels kernels_of() {
   return {random_chunk<V>,      add_noise_chunk<V>, noise_pair_chunk<V>, step_chunk<V>, residual_chunk<V>,
           interpolate_chunk<V>, square_sums,        scale_samples_chunk, sinusoids<V>,  group_norm_silu_part<V>,
-          group_norm_silu_grad_part<V>, finish<V>, nullptr, nullptr, nullptr};
+          group_norm_silu_grad_part<V>, finish<V>, nullptr, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -26,7 +26,9 @@ class Memory {
     }
   }
   ~Memory() {
-    if (block_.bytes <= kKept && spares().size() < 16) {
+    int64_t kept = block_.bytes;
+    for (const Block& b : spares()) kept += b.bytes;
+    if (kept <= kKept) {
       spares().push_back(block_);
     } else {
       std::free(block_.data);
@@ -46,7 +48,7 @@ class Memory {
       for (Block& b : *this) std::free(b.data);
     }
   };
-  static constexpr int64_t kKept = 8 << 20;
+  static constexpr int64_t kKept = 64 << 20;  // bytes a thread
   static Spares& spares() {
     thread_local Spares all;
     return all;
