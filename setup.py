@@ -113,7 +113,8 @@ def cpu_library(build: Ninja, out: Path) -> dict:
     if x86:
         flags.append("-DDGF_X86")
     folder = ROOT / "csrc/cpu"
-    objects = [build.compile("cxx", folder / f"{op}.cpp", flags) for op in (*OPS, "mlp", "embedding", "conv", "winograd", "norm")]
+    stems = (*OPS, "mlp", "embedding", "conv", "winograd", "norm")
+    objects = [build.compile("cxx", folder / f"{stem}.cpp", flags) for stem in stems]
     objects += [build.compile("cxx", folder / f"{s}.cpp", CXXFLAGS + INSTRUCTION_SETS[s]) for s in sets]
     build.link("link", out, objects, [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
     build.run(out)

@@ -3,6 +3,7 @@
 Providers, all with the same network and weights, in eval mode:
     reference   the notebook's loop: eager, coefficients indexed step by step, torch.randn_like, contiguous images
     diffusers   DDPMScheduler in the loop of its DDPMPipeline (`fixed_large`, no clipping)
+    denoising-diffusion-pytorch    the loop of its GaussianDiffusion over its `p_sample`, where installed
     dgf         `dgf.sample` as a run calls it: channels_last, batch norm folded, one fused step op, noise from keys
 
 All steps cost the same, so `STEPS` of them are timed, and `ms` is that of one step; `images_per_s` is for 300.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import diffgan_fast as dgf
-from benchmarks import oracle
+from benchmarks import oracle, peers
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
@@ -65,6 +66,21 @@ class Diffusers:
         for t in self.scheduler.timesteps[: self.steps]:
             out = self.net(x, (t + 1).expand(len(x)).to(x.device))
             x = self.scheduler.step(out, t, x).prev_sample
+        return x
+
+
+class Lucidrains:
+    """The loop of denoising-diffusion-pytorch."""
+
+    def __init__(self, net: nn.Module, x: Tensor, steps: int):
+        self.x, self.steps = x, steps
+        self.diffusion = peers.gaussian_diffusion(net, x.shape[1], x.shape[2], T, x.device).eval()
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        x = self.x
+        for t in range(T - 1, T - 1 - self.steps, -1):
+            x, _ = self.diffusion.p_sample(x, t)
         return x
 
 
@@ -117,6 +133,8 @@ def run(options: Options) -> list[dict]:
     calls = {"reference": lambda: Reference(net, schedule, device)(x, steps), "dgf": lambda: ours(x, steps)}
     if importlib.util.find_spec("diffusers"):
         calls["diffusers"] = Diffusers(net, x, steps)
+    if peers.installed():
+        calls["denoising-diffusion-pytorch"] = Lucidrains(net, x, steps)
     floors = {
         "as it is": lambda: [net(x, t) for _ in range(steps)],
         "folded, channels_last": lambda: [fast(x.to(memory_format=torch.channels_last), t) for _ in range(steps)],

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, mse_loss, softplus
 
 import diffgan_fast as dgf
-from benchmarks import ddgan, oracle, training
+from benchmarks import ddgan, oracle, peers, training
 from benchmarks.cases import Options
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
@@ -137,23 +137,7 @@ def diffusers_step(case: Case, nets: Nets) -> Step:
 
 def lucidrains_step(case: Case, nets: Nets) -> Step:
     """The loss of denoising-diffusion-pytorch, around the same network."""
-    from denoising_diffusion_pytorch import GaussianDiffusion
-
-    class Told(nn.Module):
-        """As its U-Net: t counts from 0, and what it conditions itself on is not used."""
-
-        self_condition = random_or_learned_sinusoidal_cond = False
-
-        def __init__(self, net: nn.Module):
-            super().__init__()
-            self.net, self.channels, self.out_dim = net, case.shape[0], case.shape[0]
-
-        def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-            return self.net(x, t + 1)
-
-    diffusion = GaussianDiffusion(
-        Told(nets["denoiser"]), image_size=case.shape[1], timesteps=T, beta_schedule="linear", objective="pred_noise"
-    ).to(case.device)
+    diffusion = peers.gaussian_diffusion(nets["denoiser"], *case.shape[:2], T, case.device)
     adam = torch.optim.Adam(diffusion.model.parameters(), lr=1e-3)
 
     def step(x0: Tensor) -> float:
@@ -168,7 +152,7 @@ def lucidrains_step(case: Case, nets: Nets) -> Step:
 
 PEERS = {
     "diffusers": ("diffusers", diffusers_step),
-    "denoising-diffusion-pytorch": ("denoising_diffusion_pytorch", lucidrains_step),
+    "denoising-diffusion-pytorch": (peers.PACKAGE, lucidrains_step),
 }
 
 

@@ -85,7 +85,8 @@ image = x.view(5, 8, 5, 25).repeat(1, 5, 1, 1).contiguous(memory_format=torch.ch
 weight = torch.linspace(0.5, 2, 40)
 normed = dgf.ops.norm.group_norm_silu(image, weight, weight - 1, None, groups=10, eps=1e-6)
 parts += [t.reshape(5, 5000).detach() for t in (normed, *torch.autograd.grad(normed.square().sum(), image))]
-kernel = torch.linspace(-1, 1, 40 * 40 * 9).view(40, 40, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+kernel = torch.linspace(-1, 1, 40 * 40 * 9).view(40, 40, 3, 3).contiguous(memory_format=torch.channels_last)
+kernel.requires_grad_()
 conv = dgf.ops.conv.conv2d(image, kernel, weight, padding=1)
 slopes = torch.autograd.grad(conv.square().sum(), (image, kernel))
 parts += [t.reshape(5, -1).detach() / t.detach().abs().max() for t in (conv, *slopes)]

@@ -1,9 +1,9 @@
 """Convolutions of channels_last images on the CPU, where they are nearly all of a network's time.
 
-Those of 3x3, stride 1 and padding 1 run by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): a quarter of the
-multiplications, about half of oneDNN's time, forward and in both gradients. Rounding errors are about twice those of the
-definition in float32, a few 1e-7 of the largest output. Of the others the weights' gradient is ours on processors with AVX2
-alone, where oneDNN's runs at about half the speed of its other convolutions. All else is torch's.
+Those of 3x3, stride 1 and padding 1 run by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): a quarter of
+the multiplications, about half of oneDNN's time, forward and in both gradients. Rounding errors are about twice those
+of the definition in float32, a few 1e-7 of the largest output. Of the others the weights' gradient is ours on processors
+with AVX2 alone, where oneDNN's runs at about half the speed of its other convolutions. All else is torch's.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _exists(name: str) -> bool:
 
 _DIRECT, _WINOGRAD = _exists("conv2d_weight_gradient"), _exists("conv2d_winograd")
 
-# Fewer channels leave the products of matrices too thin to pay for the transforms, and with fewer tiles those of the weights
-# take as long as the rest: at these sizes both ways were measured to take the same time.
+# Fewer channels leave the products of matrices too thin to pay for the transforms, and with fewer tiles those of the
+# weights take as long as the rest: at these sizes both ways were measured to take the same time.
 CHANNELS, TILES = 24, 8
 
 
@@ -105,8 +105,9 @@ class _Conv2d(torch.autograd.Function):
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """A convolution with a square kernel.
 
-    It is ours (see the module) where x and weight are float32 in channels_last on the CPU, outside of autocast, compiled
-    code and functorch; neither threads nor, from `TILES` tiles of 4x4 pixels on, other samples change what it gives.
+    It is ours (see the module) where x and weight are float32 in channels_last on the CPU, outside of autocast,
+    compiled code and functorch. Threads do not change what it gives, nor, from `TILES` tiles of 4x4 pixels on, do other
+    samples.
 
     Args:
         x: [N, C, H, W].

@@ -171,7 +171,10 @@ def test_the_rest_is_torchs(why, monkeypatch):
             got = torch.autograd.forward_ad.unpack_dual(conv2d(dual, w, b, **options)).tangent
         want = functional.conv2d(torch.ones_like(x), w, None, **options)
     else:
-        with torch.autocast("cpu", enabled=why == "autocast"), dgf.backend("reference" if why == "reference" else "auto"):
+        with (
+            torch.autocast("cpu", enabled=why == "autocast"),
+            dgf.backend("reference" if why == "reference" else "auto"),
+        ):
             got, want = conv2d(x, w, b, **options), functional.conv2d(x, w, b, **options)
     assert torch.equal(got, want)
 
