@@ -29,6 +29,7 @@ CXXFLAGS += ["-Wall", "-Wno-unused-parameter"]
 OPS = ("random", "noise", "step", "loss", "penalty")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512 += ["-Wno-maybe-uninitialized"]  # in the headers of GCC 12
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 
 

@@ -20,11 +20,11 @@ RATIOS = {  # ratio column: the providers whose best it refers to
 }
 COLUMNS = (*CASE, "provider", "status", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms", "ns_per_element",
            "bytes_per_element", "gb_per_s", "ops_per_element", "images_per_s", "macs", "peak_mib", "expected_mib",
-           *RATIOS, "predicted", "over_none", "of_copy", "of_step")  # fmt: skip
+           *RATIOS, "predicted", "over_none", "of_copy", "of_step", "of_kernels")  # fmt: skip
 STAMPS = ("machine", "torch", "triton", "python", "git", "dirty", "date")
 SHOWN = ("case", "shape", "dtype", "threads", "provider", "ms", "p20_ms", "p80_ms", "host_ms", "floor_ms",
          "ns_per_element", "gb_per_s", "images_per_s", "macs", "peak_mib", "expected_mib", *RATIOS,
-         "predicted", "over_none", "of_copy", "of_step", "status")  # fmt: skip
+         "predicted", "over_none", "of_copy", "of_step", "of_kernels", "status")  # fmt: skip
 
 
 def best(rows: list[dict]) -> list[dict]:

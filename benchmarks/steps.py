@@ -15,7 +15,9 @@ Arms:
 
 `floor_ms` is the time of the networks alone: as many forward and backward passes as a step of ours cannot do without,
 with no noise, loss, update or average. `peak_mib` is what tensors take at most in a step beside networks, optimisers
-and the batch (on the CPU not known of compiled code). Before timing, the engine's first losses are checked in float64.
+and the batch (on the CPU not known of compiled code). `of_kernels` is the share of a step of ours that its own kernels
+take, seen by torch's profiler; the JSON file has them one by one. Before timing, the engine's first losses are checked
+in float64.
 """
 
 from __future__ import annotations
@@ -344,6 +346,18 @@ class Timed:
             return timed(lambda: self.step(x0), self.case.device)
 
 
+def kernel_shares(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The share of a step's time that each of our kernels takes, by its name; on CUDA of the device's time."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA] if cuda else [activity.CPU]) as profile:
+        step()
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
+    mark, total = "dgf::" if cuda else "diffgan_fast::", max(sum(times.values()), 1e-9)
+    ours = {key.split(mark)[1].split("(")[0]: time / total for key, time in times.items() if mark in key}
+    return dict(sorted(ours.items(), key=lambda item: -item[1]))
+
+
 def measure(case: Case, options: Options) -> list[dict]:
     """The rows of a case: its arms in turns."""
     images = [torch.rand(case.batch, *case.shape, device=case.device) * 2 - 1 for _ in range(4)]
@@ -377,6 +391,9 @@ def measure(case: Case, options: Options) -> list[dict]:
             row |= quantiles([s / each for s in arm.seconds]) | {"peak_mib": arm.peak}
             row["floor_ms"] = quantiles([s / each for s in alone])["ms"]
             row["images_per_s"] = case.batch / row["ms"] * 1e3
+        if arm.name in ("ours", "ours-kept"):
+            row["kernels"] = kernel_shares(lambda arm=arm: arm.run(images[0]), case.device)
+            row["of_kernels"] = sum(row["kernels"].values())
         rows.append(row)
     return rows
 

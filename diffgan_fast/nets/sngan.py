@@ -8,6 +8,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .checks import check_at_least, check_images, check_latents
+from .conv import Conv2d
 from .critic import Critic, is_main_of_join
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -50,7 +51,7 @@ class _SumPixels(nn.Module):
 
 
 def _conv(here: int, out: int, kernel: int, gain: float = 1.0) -> nn.Conv2d:
-    conv = nn.Conv2d(here, out, kernel, padding=kernel // 2)
+    conv = Conv2d(here, out, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight, gain)
     nn.init.zeros_(cast(Tensor, conv.bias))
     return conv

@@ -105,9 +105,9 @@ class _Conv2d(torch.autograd.Function):
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """A convolution with a square kernel.
 
-    It is ours (see the module) where x and weight are float32 in channels_last on the CPU, outside of autocast,
-    compiled code and functorch. Threads do not change what it gives, nor, from `TILES` tiles of 4x4 pixels on, do other
-    samples.
+    It is ours (see the module) where x and weight are float32 on the CPU and weight is in channels_last, outside of
+    autocast, compiled code and functorch. Threads do not change what it gives, nor do other samples, from `TILES` tiles of
+    4x4 pixels on.
 
     Args:
         x: [N, C, H, W].
@@ -117,23 +117,23 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     Returns: [N, K, (H + 2 padding - k) // stride + 1, the same of W].
     Gradients: with respect to x, weight and bias, every order; forward mode too.
     """
-    if not (
-        (_WINOGRAD or _DIRECT)
-        and x.dtype == weight.dtype == torch.float32
+    ours = (
+        x.dtype == weight.dtype == torch.float32
         and x.dim() == 4
-        and _in_channels_last(x, weight)
+        and _in_channels_last(weight)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and resolve(x.device.type) == "cpu"
-    ):
-        return functional.conv2d(x, weight, bias, stride, padding)
-    winograd = _by_winograd(x, weight, stride, padding)
+    )
     given = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(v.requires_grad for v in given):
-        if winograd or _DIRECT:
+    differentiated = torch.is_grad_enabled() and any(v.requires_grad for v in given)
+    if ours and _by_winograd(x, weight, stride, padding):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if differentiated:
             return _Conv2d.apply(x, weight, bias, stride, padding)
-    elif winograd:
         return _RAW.conv2d_winograd.default(x, weight, bias, False)
+    if ours and _DIRECT and differentiated and weight.requires_grad and _in_channels_last(x):
+        return _Conv2d.apply(x, weight, bias, stride, padding)
     return functional.conv2d(x, weight, bias, stride, padding)

@@ -111,6 +111,7 @@ def test_it_is_used_wherever_a_network_runs():
     assert torch.equal(quiet, differentiated(conv2d, x, w, b, up)[0])
     frozen = conv2d(x.requires_grad_(), w, b, padding=1)  # as a critic's gradient with respect to images
     assert torch.equal(torch.autograd.grad(frozen, x, up)[0], RAW.conv2d_winograd(up, w, None, True))
+    assert torch.equal(conv2d(x.detach().contiguous(), w, b, padding=1), quiet)
     layer = nets.Conv2d(24, 32, 3, padding=1).to(memory_format=CL)
     assert torch.equal(layer(x), RAW.conv2d_winograd(x.detach(), layer.weight.detach(), layer.bias.detach(), False))
 
@@ -151,7 +152,7 @@ def test_the_rest_is_torchs(why, monkeypatch):
     x, w, b, _ = case((2, 24, 24, 8, 8))
     options = {"stride": 2 if why == "stride" else 1, "padding": 0 if why == "padding" else 1}
     if why == "contiguous":
-        x = x.contiguous()
+        w = w.contiguous()
     if why in ("float64", "bfloat16"):
         x, w, b = (v.to(getattr(torch, why)) for v in (x, w, b))
     if why == "5x5":
