@@ -106,8 +106,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     """A convolution with a square kernel.
 
     It is ours (see the module) where x and weight are float32 on the CPU and weight is in channels_last, outside of
-    autocast, compiled code and functorch. Threads do not change what it gives, nor do other samples, from `TILES` tiles of
-    4x4 pixels on.
+    autocast, compiled code and functorch. Threads do not change the result, nor, from `TILES` tiles on, other samples.
 
     Args:
         x: [N, C, H, W].
