@@ -8,7 +8,7 @@ Families, each with the same networks, initial weights and batch in all arms:
 
 Arms:
     reference   what the published code does, eager: randn and table look-ups, plain Adam, losses read by `.item()`
-    compile     the same with its networks compiled
+    compile     the same with its networks compiled; on a CPU at 8 px alone, for larger ones take minutes to compile
     diffusers, denoising-diffusion-pytorch    where installed, ddpm: their noising and loss around the same network
     ours, ours-compile                        the engine's step, without and with compile=True; on CUDA in its graphs
     ours-kept                                 method2 with recompute="none": one chain, but the graph of all its steps
@@ -322,7 +322,7 @@ def arms_of(case: Case, options: Options) -> dict[str, tuple[Callable, bool]]:
     found = {"reference": (reference, False), "ours": (ours, False)}
     if case.family == "method2":
         found["ours-kept"] = (partial(ours, recompute="none"), False)
-    if options.compile:
+    if options.compile and (case.device.type == "cuda" or case.shape[1] == 8):
         found |= {"compile": (reference, True), "ours-compile": (ours, True)}
     for name, (package, make) in PEERS.items() if case.family == "ddpm" else ():
         if importlib.util.find_spec(package):
