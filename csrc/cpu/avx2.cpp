@@ -2,12 +2,13 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "transpose.h"
 #include "winograd.h"
 
 namespace dgf {
 namespace {
 
-struct Avx2 {
+struct Avx2 : Transpose8 {
   using I = __m256i;
   using F = __m256;
   static constexpr int width = 8;
@@ -64,23 +65,6 @@ struct Avx2 {
   static F slope_at(F z, float slope) {
     return _mm256_blendv_ps(splat(slope), splat(1.0f), _mm256_cmp_ps(z, splat(0.0f), _CMP_GT_OQ));
   }
-  // The transpose of eight rows of eight, `stride` apart, in rows kPanel apart.
-  static void transpose8(const float* w, int64_t stride, float* out) {
-    F r[8], q[8];
-    for (int i = 0; i < 8; ++i) r[i] = load(w + i * stride);
-    for (int h = 0; h < 8; h += 4) {
-      const F a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
-      const F c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
-      q[h] = _mm256_shuffle_ps(a, c, 0x44);
-      q[h + 1] = _mm256_shuffle_ps(a, c, 0xEE);
-      q[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
-      q[h + 3] = _mm256_shuffle_ps(b, d, 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-      store(out + i * kPanel, _mm256_permute2f128_ps(q[i], q[i + 4], 0x20));
-      store(out + (i + 4) * kPanel, _mm256_permute2f128_ps(q[i], q[i + 4], 0x31));
-    }
-  }
   // z[j] holds number j of eight blocks; memory wants the four numbers of a block together.
   static void store_blocks(float* out, const F z[4]) {
     const F a = _mm256_unpacklo_ps(z[0], z[1]), b = _mm256_unpackhi_ps(z[0], z[1]);
@@ -98,11 +82,9 @@ struct Avx2 {
 
 Kernels avx2_kernels() {
   Kernels k = kernels_of<Avx2>();
-  if (!__builtin_cpu_supports("avx512f")) {  // whose registers, twice as wide, torch's libraries use
-    k.pack = pack<Avx2>;
-    k.product = product<Avx2>;
-    k.add_outer = add_outer<Avx2>;
-  }
+  k.pack = pack<Avx2>;
+  k.product = product<Avx2>;
+  if (!__builtin_cpu_supports("avx512f")) k.add_outer = add_outer<Avx2>;  // else oneDNN is faster
   k.winograd = &kWinograd<Avx2>;
   return k;
 }

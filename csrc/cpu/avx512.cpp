@@ -1,14 +1,14 @@
 // AVX-512 (F, BW, DQ, VL): sixteen lanes. Compiled with -mavx512f and its kin, entered only on a processor that has them.
-// Products stay with torch's libraries, which use these registers too.
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "transpose.h"
 #include "winograd.h"
 
 namespace dgf {
 namespace {
 
-struct Avx512 {
+struct Avx512 : Transpose8 {
   using I = __m512i;
   using F = __m512;
   static constexpr int width = 16;
@@ -84,6 +84,8 @@ struct Avx512 {
 
 Kernels avx512_kernels() {
   Kernels k = kernels_of<Avx512>();
+  k.pack = pack<Avx512>;
+  k.product = product<Avx512>;
   k.winograd = &kWinograd<Avx512>;
   return k;
 }

@@ -45,14 +45,14 @@ struct WinogradWeights {
   int64_t output, input, down, right;
 };
 
-// A product of matrices [rows, k] [k, panel], whose elements (r, i) and (i, 0) stand at a + r row + i column and b + i step,
-// and those of the result's row r at out + r to.
-struct WinogradProduct {
+// A product of matrices [rows, k] [k, panel]. Element (r, i) stands at a + r row + i column, the second factor's row i at
+// b + i step, in vectors that are `vector` apart, and the result's row r at out + r to.
+struct MatrixProduct {
   int64_t rows, k;
   const float* a;
   int64_t row, column;
   const float* b;
-  int64_t step;
+  int64_t step, vector;
   float* out;
   int64_t to;
 };
@@ -64,10 +64,10 @@ struct Winograd {
   void (*weights)(WinogradWeights, int64_t inputs, int64_t outputs, float* out, int64_t step, int64_t row);
   void (*tile)(const float* m, int64_t step, const float* bias, int64_t channels, int64_t height, int64_t width, float* out,
                int64_t down, int64_t right);
-  void (*product)(const WinogradProduct&);
+  void (*product)(const MatrixProduct&);
   void (*tile_back)(const float* const* pixels, int64_t channels, float* out, int64_t step, float* sums);
   void (*weights_back)(const float* u, int64_t step, int64_t runs, int64_t run, int64_t inputs, float* out);
-  void (*add_product)(const WinogradProduct&);
+  void (*add_product)(const MatrixProduct&);
 };
 
 // Kernels work on one chunk (`square_sums`: on pieces of samples). Those that read coefficient rows return false if one

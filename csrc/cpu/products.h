@@ -2,12 +2,14 @@
 // first-level cache, and no copy of the left factor: what a BLAS cannot do. The right factor is cut into panels of 16
 // columns beforehand, once for all rows.
 #pragma once
+#include <utility>
+
 #include "core.h"
 
 namespace dgf {
 namespace {
 
-constexpr int kTileRows = 6;  // of a result at a time: 6 x 16 numbers fill twelve vector registers
+constexpr int kTileRows = 6;  // of a weights' gradient at a time: 6 x 16 numbers fill twelve vector registers
 
 template <class A> inline A slope_at(A z, A slope) { return z > A(0) ? A(1) : slope; }
 
@@ -64,52 +66,67 @@ void pack(const float* w, bool transposed, int64_t k, int64_t n, int64_t stride,
       for (int64_t c = 0; c < kPanel; c += 8) V::transpose8(w + (first + c) * stride + i, stride, out + i * kPanel + c);
   }
   for (; !transposed && columns == kPanel && i < k; ++i)
-    for (int64_t c = 0; c < kPanel; c += 8) V::store(out + i * kPanel + c, V::load(w + i * stride + first + c));
+    for (int64_t c = 0; c < kPanel; c += V::width) V::store(out + i * kPanel + c, V::load(w + i * stride + first + c));
   for (; i < k; ++i)
     for (int64_t c = 0; c < kPanel; ++c)
       out[i * kPanel + c] = c >= columns ? 0.0f : transposed ? w[(first + c) * stride + i] : w[i * stride + first + c];
 }
 
-// sums [R, 16] = a [R, k] b [k, 16]; a's element (r, i) stands at r row + i column. Not inlined: constants of what is
-// around it would take registers from the sums.
-template <class V, int R>
-__attribute__((noinline)) void tile(int64_t k, const float* a, int64_t row, int64_t column, const float* b, float* sums) {
-  typename V::F c[R][2];
-  for (int r = 0; r < R; ++r) c[r][0] = c[r][1] = V::splat(0.0f);
-  for (int64_t i = 0; i < k; ++i, a += column, b += kPanel) {
-    const typename V::F b0 = V::load(b), b1 = V::load(b + 8);
-#pragma GCC unroll 6
+// R rows of out = a b, or where `ADD` of out += a b, for a panel b of P vectors; see MatrixProduct. Not inlined: constants
+// of what is around it would take registers from the sums.
+template <class V, int R, int P, bool ADD>
+__attribute__((noinline)) void multiply(const MatrixProduct& p, int64_t first) {
+  typename V::F c[R][P];
+  float* out = p.out + first * p.to;
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < P; ++v) c[r][v] = ADD ? V::load(out + r * p.to + v * V::width) : V::splat(0.0f);
+  const float *a = p.a + first * p.row, *b = p.b;
+  for (int64_t i = 0; i < p.k; ++i, a += p.column, b += p.step) {
+    typename V::F columns[P];
+    for (int v = 0; v < P; ++v) columns[v] = V::load(b + v * p.vector);
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      const typename V::F x = V::splat(a[r * row]);
-      c[r][0] = V::fma(x, b0, c[r][0]);
-      c[r][1] = V::fma(x, b1, c[r][1]);
+      const typename V::F x = V::splat(a[r * p.row]);
+      for (int v = 0; v < P; ++v) c[r][v] = V::fma(x, columns[v], c[r][v]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    V::store(sums + r * kPanel, c[r][0]);
-    V::store(sums + r * kPanel + 8, c[r][1]);
-  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < P; ++v) V::store(out + r * p.to + v * V::width, c[r][v]);
+}
+
+// As many rows as the registers hold the sums of: 6 x 2 vectors of 16 registers, 14 x 2 of 32.
+template <class V> constexpr int kRowsAtATime = V::width < 16 ? 6 : 14;
+
+struct Multiplies {
+  void (*of[14])(const MatrixProduct&, int64_t);
+};
+template <class V, int P, bool ADD, int... R> constexpr Multiplies multiplies(std::integer_sequence<int, R...>) {
+  return {{multiply<V, R + 1, P, ADD>...}};
+}
+
+template <class V, int P, bool ADD> void multiply_rows(const MatrixProduct& p) {
+  constexpr int most = kRowsAtATime<V>;
+  static constexpr Multiplies table = multiplies<V, P, ADD>(std::make_integer_sequence<int, most>());
+  for (int64_t r = 0; r < p.rows; r += most) table.of[(p.rows - r < most ? p.rows - r : most) - 1](p, r);
 }
 
 template <class V>
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t column, const float* packed,
              const Finish<float>& f) {
-  alignas(64) float sums[kTileRows * kPanel];
-  for (int64_t j = 0; j < n; j += kPanel) {
-    const float* b = packed + j * k;
-    const int64_t width = n - j < kPanel ? n - j : kPanel;
-    for (int64_t r = 0; r < m; r += kTileRows) {
-      const float* from = a + r * row;
-      const int64_t rows = m - r < kTileRows ? m - r : kTileRows;
-      switch (rows) {
-        case 6: tile<V, 6>(k, from, row, column, b, sums); break;
-        case 5: tile<V, 5>(k, from, row, column, b, sums); break;
-        case 4: tile<V, 4>(k, from, row, column, b, sums); break;
-        case 3: tile<V, 3>(k, from, row, column, b, sums); break;
-        case 2: tile<V, 2>(k, from, row, column, b, sums); break;
-        default: tile<V, 1>(k, from, row, column, b, sums);
-      }
-      finish<V>(rows, width, sums, kPanel, r, j, f);
+  // as many panels as two vectors are
+  constexpr int64_t most = kRowsAtATime<V>, wide = 2 * V::width;
+  alignas(64) float sums[most * wide];
+  for (int64_t j = 0; j < n; j += wide) {
+    const bool two = n - j > V::width;
+    const int64_t vector = V::width < kPanel ? V::width : k * kPanel;
+    for (int64_t r = 0; r < m; r += most) {
+      const int64_t rows = m - r < most ? m - r : most;
+      const MatrixProduct p{rows, k, a + r * row, row, column, packed + j * k, kPanel, vector, sums, wide};
+      two || V::width < kPanel ? multiply_rows<V, 2, false>(p) : multiply_rows<V, 1, false>(p);
+      for (int64_t c = 0; c < wide && j + c < n; c += kPanel)
+        finish<V>(rows, n - j - c < kPanel ? n - j - c : kPanel, sums + c, wide, r, j + c, f);
     }
   }
 }

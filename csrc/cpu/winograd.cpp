@@ -79,14 +79,15 @@ struct Images {
 };
 
 // The transforms of the weights from some inputs to a panel of outputs: number i of input c at i step + c panel.
-void transform(const Winograd& w, WinogradWeights from, int64_t first, int64_t inputs, int64_t output, int64_t out, float* to,
-               int64_t step) {
+void transform(const Winograd& w, const WinogradWeights& from, int64_t first, int64_t inputs, int64_t output, int64_t out,
+               float* to, int64_t step) {
   for (int64_t half = 0; half < w.panel; half += w.panel / 2) {
     const int64_t k = output + half, outputs = std::clamp<int64_t>(out - k, 0, w.panel / 2);
     for (int64_t c = first; c < first + inputs; c += kWinogradInputs) {
       WinogradWeights mine = from;
       mine.data += k * from.output + c * from.input;
-      w.weights(mine, std::min(kWinogradInputs, first + inputs - c), outputs, to + half + (c - first) * w.panel, step, w.panel);
+      w.weights(mine, std::min(kWinogradInputs, first + inputs - c), outputs, to + half + (c - first) * w.panel, step,
+                w.panel);
     }
   }
 }
@@ -122,7 +123,7 @@ struct Convolution {
       images.patches(first, count, patches, step);
       for (int64_t k = 0; k < out; k += w.panel) {
         for (int64_t i = 0; i < kNumbers; ++i)
-          w.product({count, in, patches + i * step, images.row(), 1, all + i * number + k * in, w.panel,
+          w.product({count, in, patches + i * step, images.row(), 1, all + i * number + k * in, w.panel, w.panel / 2,
                      products + i * product, w.panel});
         write(first, count, k, products, product);
       }
@@ -150,7 +151,7 @@ struct Convolution {
         transform(w, weights, c, inputs, k, out, some, number);
         for (int64_t i = 0; i < kNumbers; ++i)
           (c ? w.add_product : w.product)({tiles.count(), inputs, patches + i * step + c, images.row(), 1,
-                                           some + i * number, w.panel, products + i * product, w.panel});
+                                           some + i * number, w.panel, w.panel / 2, products + i * product, w.panel});
       }
       write(0, tiles.count(), k, products, product);
     });
@@ -197,7 +198,7 @@ struct WeightGradient {
       for (int64_t i = 0; i < kNumbers; ++i)
         for (int64_t c = 0; c < in; c += w.panel)
           w.product({outs, tiles.count(), gradients + i * step_out + first, 1, outputs.row(), patches + i * step + c, row,
-                     sums + i * number + c, row});
+                     w.panel / 2, sums + i * number + c, row});
       for (int64_t k = 0; k < outs; ++k) {
         w.weights_back(sums + k * row, number, 1, 0, in, weight + (first + k) * 9 * in);
         double total = 0;
@@ -246,14 +247,15 @@ struct WeightGradient {
       for (int64_t k = 0; k < outs; ++k) lines[k] += double(line[k]);
       for (int64_t i = 0; i < kNumbers; ++i)
         for (int64_t c = 0; c < in; c += w.panel)
-          w.add_product({outs, count, gradients + i * step_out, 1, up, patches + i * step + c, row,
+          w.add_product({outs, count, gradients + i * step_out, 1, up, patches + i * step + c, row, w.panel / 2,
                          sums + i * outs * row + c, row});
     }
   }
 };
 
 void check(bool fits) {
-  STD_TORCH_CHECK(fits, "diffgan_fast: expected float32 on the CPU, images in channels_last, weights [K, C, 3, 3], shapes that fit");
+  STD_TORCH_CHECK(fits, "diffgan_fast: expected float32 on the CPU, images in channels_last, weights [K, C, 3, 3], and "
+                        "shapes that fit");
 }
 
 bool is_image(const Tensor& x) { return dtype_of(x) == Dtype::f32 && x.is_cpu() && is_channels_last(x); }
@@ -265,8 +267,8 @@ Tensor new_image(const Tensor& like, int64_t N, int64_t C, int64_t height, int64
   return uninitialized(like, 4, sizes, strides);
 }
 
-// The convolution of x [N, C, H, W] with weight [K, C, 3, 3] and bias [K]; or where `transposed` its gradient with respect to
-// its input: that of x [N, K, H, W] with the weights turned around.
+// The convolution of x [N, C, H, W] with weight [K, C, 3, 3] and bias [K]; or where `transposed` its gradient with respect
+// to its input: that of x [N, K, H, W] with the weights turned around.
 Tensor conv2d_winograd(Tensor x, Tensor weight, MaybeTensor bias, bool transposed) {
   check(is_image(x) && dtype_of(weight) == Dtype::f32 && weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 3 &&
         weight.size(3) == 3 && weight.size(transposed ? 0 : 1) == x.size(1));
@@ -287,7 +289,8 @@ Tensor conv2d_winograd(Tensor x, Tensor weight, MaybeTensor bias, bool transpose
 
 // dW [K, C, 3, 3] in channels_last and db [K], from x [N, C, H, W] and the gradient of the output [N, K, H, W].
 std::tuple<Tensor, Tensor> conv2d_winograd_weight_gradient(Tensor x, Tensor grad) {
-  check(is_image(x) && is_image(grad) && x.size(0) == grad.size(0) && x.size(2) == grad.size(2) && x.size(3) == grad.size(3));
+  check(is_image(x) && is_image(grad) && x.size(0) == grad.size(0) && x.size(2) == grad.size(2) &&
+        x.size(3) == grad.size(3));
   const Tiles tiles{x.size(0), x.size(2), x.size(3)};
   const int64_t in = x.size(1), out = grad.size(1);
   Tensor weight = new_image(x, out, in, 3, 3), bias = uninitialized_vector(x, out);

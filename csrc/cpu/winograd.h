@@ -6,9 +6,8 @@
 // twice as large, and these make A and B exact in float32.
 #pragma once
 #include <algorithm>
-#include <utility>
 
-#include "core.h"
+#include "products.h"
 
 namespace dgf {
 namespace {
@@ -178,50 +177,10 @@ void winograd_weights_back(const float* u, int64_t step, int64_t runs, int64_t r
   }
 }
 
-// R rows of out = a b, or where `ADD` of out += a b, for a panel b of two vectors; a's element (r, i) stands at r row +
-// i column. Not inlined: constants of what is around it would take registers from the sums.
-template <class V, int R, bool ADD> __attribute__((noinline)) void multiply(const WinogradProduct& p, int64_t first) {
-  typename V::F c[R][2];
-  float* out = p.out + first * p.to;
-#pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) {
-    c[r][0] = ADD ? V::load(out + r * p.to) : V::splat(0.0f);
-    c[r][1] = ADD ? V::load(out + r * p.to + V::width) : V::splat(0.0f);
-  }
-  const float *a = p.a + first * p.row, *b = p.b;
-  for (int64_t i = 0; i < p.k; ++i, a += p.column, b += p.step) {
-    const typename V::F b0 = V::load(b), b1 = V::load(b + V::width);
-#pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) {
-      const typename V::F x = V::splat(a[r * p.row]);
-      c[r][0] = V::fma(x, b0, c[r][0]);
-      c[r][1] = V::fma(x, b1, c[r][1]);
-    }
-  }
-#pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) {
-    V::store(out + r * p.to, c[r][0]);
-    V::store(out + r * p.to + V::width, c[r][1]);
-  }
-}
-
-struct Multiplies {
-  void (*of[14])(const WinogradProduct&, int64_t);
-};
-template <class V, bool ADD, int... R> constexpr Multiplies multiplies(std::integer_sequence<int, R...>) {
-  return {{multiply<V, R + 1, ADD>...}};
-}
-
-// What the registers hold: 14 x 2 vectors of 32, 6 x 2 of 16.
-template <class V> constexpr int kRows = V::width == 16 ? 14 : 6;
-
-template <class V, bool ADD> void winograd_product(const WinogradProduct& p) {
-  static constexpr Multiplies table = multiplies<V, ADD>(std::make_integer_sequence<int, kRows<V>>());
-  for (int64_t r = 0; r < p.rows; r += kRows<V>) table.of[(p.rows - r < kRows<V> ? p.rows - r : kRows<V>)-1](p, r);
-}
+template <class V, bool ADD> void winograd_product(const MatrixProduct& p) { multiply_rows<V, 2, ADD>(p); }
 
 template <class V>
-constexpr Winograd kWinograd = {2 * V::width,          kRows<V>,           winograd_patch<V>,
+constexpr Winograd kWinograd = {2 * V::width,          kRowsAtATime<V>, winograd_patch<V>,
                                 winograd_weights<V>,   winograd_tile<V>,   winograd_product<V, false>,
                                 winograd_tile_back<V>, winograd_weights_back<V>, winograd_product<V, true>};
 
