@@ -7,6 +7,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,10 @@ def train(
     else:
         distributed.from_main(lambda: files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n"))
     with together(state, part.stop - part.start):
-        with distributed.main_first():
-            instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
+        instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
         loop.run()
     _release(state)
+    _save_picture(run, train_data, state.step)
     distributed.from_main(lambda: _present(run, feed))
     return run
 
@@ -165,10 +166,11 @@ def plan(
     """
     if automatic := options.get("batch_size") == "auto":
         del options["batch_size"]
-    start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
-    if automatic:
-        start.method = _with_largest_batch(start, seed)
-    return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
+    with distributed.acting(together=False):
+        start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
+        if automatic:
+            start.method = _with_largest_batch(start, seed)
+        return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
 
 
 def compare(
@@ -210,13 +212,13 @@ def compare(
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **chosen)
         if name == "ddpm" and base is None:
             base = run
-        scores = run.evaluated(n)
-        report.write_run(run.path)
+        scores = run.evaluated(n, together=True)
+        distributed.from_main(partial(report.write_run, run.path))
         grid = run.path / "samples" / f"step-{run.state.step}.png"
         found[name] = ({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)}, grid, run.data_name)
     rows, grids = [found[name][0] for name in names], {name: found[name][1] for name in names}
     title = f"{', '.join(names)} on {found[names[0]][2]}"
-    report.write_comparison(rows, folder / "report.html", title=title, figures=grids)
+    distributed.from_main(lambda: report.write_comparison(rows, folder / "report.html", title=title, figures=grids))
     return rows
 
 
@@ -288,9 +290,8 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
 
 
 def _present(run: Run, feed: Feed) -> None:
-    """Writes what a trained run shows: pictures, curves and the report."""
+    """Writes what a trained run shows beside its samples: pictures, curves and the report."""
     method, state, data, folder = run.method, run.state, feed.data, run.path
-    _save_picture(run, data, state.step)
     key = random.fold_in(random.key(run.seed), "diagnose")
     if data.shape[0] in (1, 3) and not data.points:
         for name, strip in method.strips(state, feed.batch(0).x[:STRIP], key).items():
@@ -313,16 +314,20 @@ def _drop_rows_after(folder: Path, step: int) -> None:
 
 
 def _save_picture(run: Run, data: data_sets.Data, step: int) -> None:
-    """A grid of sample images, or samples over the points that the run is trained on."""
+    """A grid of sample images, or samples over the points that the run is trained on, drawn by all processes."""
     if data.shape[0] not in ((2,) if data.points else (1, 3)):
         return  # nothing that a picture could show
-    samples, path = run.sample(SCATTER if data.points else GRID, seed=0), run.path / "samples" / f"step-{step}.png"
-    if not samples.isfinite().all():
-        warnings.warn(f"samples at step {step} are not finite: no picture is written", stacklevel=2)
-    elif data.points:
-        report.scatter(samples, path, data.values)
-    else:
-        report.save_grid(samples, path)
+    samples, path = run.sample(SCATTER if data.points else GRID, together=True), run.path / f"samples/step-{step}.png"
+
+    def write() -> None:
+        if not samples.isfinite().all():
+            warnings.warn(f"samples at step {step} are not finite: no picture is written", stacklevel=2)
+        elif data.points:
+            report.scatter(samples, path, data.values)
+        else:
+            report.save_grid(samples, path)
+
+    distributed.from_main(write)
 
 
 def _warn_of_mismatch(method: Method) -> None:

@@ -44,9 +44,9 @@ class Loop:
     Args:
         state: of several processes `together`.
         on_log: called with each row that was written, in every process.
-        on_sample: called at every `sample_every`-th step, in the main process.
-        on_evaluate: called at every `evaluate_every`-th step and at the last, in the main process; what it gives is the
-            row's "evaluation".
+        on_sample: called at every `sample_every`-th step, in every process.
+        on_evaluate: called at every `evaluate_every`-th step and at the last, in every process; what it gives, the same
+            in all, is the row's "evaluation".
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Loop:
             bar.set_postfix_str(self._log(bool(judged)))
         if c.sample_every and state.step % c.sample_every == 0 and not last:
             with self._aside():
-                distributed.from_main(lambda: self.on_sample(state.step))
+                self.on_sample(state.step)
         if c.checkpoint_every and state.step % c.checkpoint_every == 0 and not last:
             self.save()
 
@@ -235,7 +235,7 @@ class Loop:
             row["gpu"] = doing
         if judged:
             with self._aside():
-                row["evaluation"] = distributed.from_main(self.on_evaluate)
+                row["evaluation"] = self.on_evaluate()
         distributed.from_main(lambda: self._append(row))
         self.on_log(row)
         return " ".join(f"{k}={v:.3g}" for k, v in means.items())

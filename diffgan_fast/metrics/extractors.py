@@ -239,6 +239,21 @@ def extractors() -> dict[str, str]:
     return {name: text for name, (text, _) in _EXTRACTORS.items()}
 
 
+def chosen_extractor(extractor, data: Data):
+    """The extractor that :func:`evaluate` was given for a data set: None is "domain", of points there is none.
+
+    Raises:
+        ValueError: it is neither a name nor a callable, or the data are points and it is not None.
+    """
+    if data.points and extractor is not None:
+        raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
+    if extractor is None or isinstance(extractor, str):
+        return None if data.points else find_extractor(extractor or "domain", data)
+    if not callable(extractor):
+        raise ValueError(f"extractor must be a name or a callable: images -> features [n, d], not {extractor!r}")
+    return extractor
+
+
 def find_extractor(name: str, data: Data):
     """The extractor of that name for a data set, on its device. ValueError if there is none of that name."""
     if name not in _EXTRACTORS:
