@@ -20,6 +20,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast import files, random
 from diffgan_fast import metrics as measures
 from diffgan_fast.engine import Method, State, checkpoint, distributed, out_of_memory
+from diffgan_fast.engine.memory import placed
 from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.metrics.extraction import Seen, describe, see
@@ -223,8 +224,10 @@ class Run:
         with distributed.acting(together):
             device = next(p for net in self.state.nets.values() for p in net.parameters()).device
             with distributed.main_first():  # what has to be fetched is fetched once
-                reference, held_out = self.reference().to(device), data_sets.load_test(self._data, size=self._size)
-                held_out = None if held_out is None else held_out.to(device)
+                reference, held_out = self.reference(), data_sets.load_test(self._data, size=self._size)
+            data_on = self.method.config.data_on
+            reference = placed(reference, device, data_on)
+            held_out = None if held_out is None else placed(held_out, device, data_on)
             given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
             result = self.measure(n, seed, reference, held_out=held_out, how=how, **given)
             return distributed.from_main(lambda: self._keep(result, held_out, seed, how))
@@ -233,7 +236,7 @@ class Run:
         """Writes an evaluation, with what the run adds to its scores."""
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
-            loss = self.method.evaluation_loss(self.state, held_out.values, key)
+            loss = self.method.evaluation_loss(self.state, held_out.batch(slice(None)), key)
             result |= {} if loss is None else {"eval_loss": loss}
         if self.best and held_out is None:
             result["warnings"] += ["This checkpoint was chosen on the data that it is scored on, which flatters it."]
@@ -256,7 +259,7 @@ class Run:
         In a run of several processes all call it, unless inside `distributed.acting(together=False)`.
 
         Args:
-            data: on the device that computes.
+            data: their batches on the device that computes.
             how: as for `sample`.
             options: of `metrics.evaluate`.
 
@@ -272,7 +275,7 @@ class Run:
             started = time.perf_counter()
             samples = draw()
             seconds = time.perf_counter() - started
-            on = samples.to(data.values.device)
+            on = samples.to(data.device)
             return see(on, data, extractor, progress=shown).to("cpu") if len(samples) else None, seconds
 
         found = distributed.gather(look)

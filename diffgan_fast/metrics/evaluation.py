@@ -325,7 +325,7 @@ def evaluate(
         if max_reference is not None and len(data) > max_reference:
             data, about["comparable"] = data.subset(max_reference), False
         about["comparable"] &= len(samples) >= LEAST_TO_COMPARE
-    device = data.values.device
+    device = data.device
     seen = samples.to(device) if isinstance(samples, Seen) else see(samples.to(device), data, extractor)
     fake = seen.extracted
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):

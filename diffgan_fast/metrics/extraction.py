@@ -139,4 +139,4 @@ def features_of(extractor, data: Data, kept: Kept) -> Extracted:
         found = extract(extractor, batches(data), len(data))
         return {"features": found.features} | ({} if found.logits is None else {"logits": found.logits})
 
-    return Extracted(**{name: part.to(data.values.device) for name, part in kept("features", compute).items()})
+    return Extracted(**{name: part.to(data.device) for name, part in kept("features", compute).items()})

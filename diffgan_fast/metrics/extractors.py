@@ -217,18 +217,18 @@ def _packaged_effl0() -> Path:
 
 
 def _effl0_for(data: Data) -> EffL0:
-    return EffL0(64 if max(data.shape[1:]) <= 64 else 224, device=data.values.device)
+    return EffL0(64 if max(data.shape[1:]) <= 64 else 224, device=data.device)
 
 
 _EXTRACTORS = {
     "domain": ("a small classifier of the data at hand, trained once", DomainClassifier.for_data),
     "inception": (
         "InceptionV3 of FID; DIFFGAN_FAST_INCEPTION names its weights, else they are downloaded",
-        lambda data: Inception(device=data.values.device),
+        lambda data: Inception(device=data.device),
     ),
     "vgg16": (
         "VGG-16, for precision and recall; DIFFGAN_FAST_VGG16 names its weights, else they are downloaded",
-        lambda data: VGG(device=data.values.device),
+        lambda data: VGG(device=data.device),
     ),
     "effl0": ("EfficientNet-Lite0 on ImageNet, from a package; at 64 pixels, 224 for larger images", _effl0_for),
 }

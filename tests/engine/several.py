@@ -61,8 +61,9 @@ def train(method, folder, **options):
 
 
 def train_all(folder: Path, names=tuple(RUNS)):
-    base = folder / "ddpm"
-    given = {"method2": dict(base=base, critic=folder / "gan"), "discriminator-guidance": dict(base=base)}
+    base, fed = folder / "ddpm", dict(data_on="host" if distributed.size() > 1 else "device")  # it makes no difference
+    given = {"ddpm": fed, "gan": fed, "method2": dict(base=base, critic=folder / "gan")}
+    given |= {"discriminator-guidance": dict(base=base)}
     for name in names:
         train(name, folder / name, **RUNS[name], **given.get(name, {}))
     train("ddpm", folder / "half", model=net(), T=4, steps=6, precision="fp16")
