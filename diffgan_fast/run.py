@@ -175,7 +175,7 @@ class Run:
         shown = progress and distributed.is_main()
 
         def draw() -> torch.Tensor:
-            parts = [torch.empty(0, *self.method.shape)]
+            parts = [torch.empty(0, *self.method.shape, dtype=torch.float32)]
             with tqdm(total=mine.stop - mine.start, desc="samples", unit="sample", disable=not shown or None) as bar:
                 for i in range(mine.start, mine.stop, batch):
                     end = min(i + batch, mine.stop)

@@ -79,7 +79,9 @@ def acting(together: bool) -> Iterator[None]:
     """
     global _alone
     if together and _launched() and not dist.is_initialized():
-        raise ValueError("together must be False before dgf.train or init_process_group has made a process group")
+        raise ValueError(
+            "together must be False until dgf.train or init_process_group has made a process group, got True"
+        )
     before, _alone = _alone, _alone or not together
     try:
         yield

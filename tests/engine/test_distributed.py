@@ -154,7 +154,7 @@ def test_sharing_needs_the_other_processes(tmp_path, monkeypatch):
     run = several.train("ddpm", tmp_path / "run", width=8, T=2, steps=1)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="together must be False before dgf.train or init_process_group"):
+    with pytest.raises(ValueError, match="together must be False until dgf.train or init_process_group"):
         run.sample(2, together=True)
     assert len(run.sample(2)) == 2
 
