@@ -7,6 +7,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, planning, random, report
 from diffgan_fast.engine import Feed, Loop, Method, State, checkpoint, distributed, together
+from diffgan_fast.engine.memory import placed, stay
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.report.run import PRIOR_LIMIT
@@ -26,7 +28,7 @@ from diffgan_fast.start import Start, describe, identity, known_to, read_once, r
 GRID = 64  # images in a sample grid
 SCATTER = 1000  # points in a scatter plot
 STRIP = 4  # images in a strip over noise levels
-HOW = ("precision", "compile")  # options that say how networks are run: those of a run hold for what it trains first
+HOW = ("precision", "compile", "data_on")  # how a run is run, which holds for what it trains first, too
 
 
 def train(
@@ -108,9 +110,8 @@ def train(
 
     state, train_data, where = build(instance, start.networks(), seed, start.device), start.data, start.device
     run = Run(folder, instance, state, seed, data, settings)
-    feed = Feed(
-        train_data, config.batch_size, random.key(seed), where, flip=config.flip, channels_last=config.channels_last
-    )
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("data_on", "flip", "channels_last")}
+    feed = Feed(train_data, config.batch_size, random.key(seed), where, **how)
     loop = Loop(
         instance,
         state,
@@ -131,10 +132,10 @@ def train(
     else:
         distributed.from_main(lambda: files.write(folder / "config.json", json.dumps(settings, indent=1) + "\n"))
     with together(state, part.stop - part.start):
-        with distributed.main_first():
-            instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
+        instance.prepare(state, random.fold_in(random.key(seed), "prepare"), folder)
         loop.run()
     _release(state)
+    _save_picture(run, train_data, state.step)
     distributed.from_main(lambda: _present(run, feed))
     return run
 
@@ -165,10 +166,12 @@ def plan(
     """
     if automatic := options.get("batch_size") == "auto":
         del options["batch_size"]
-    start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
-    if automatic:
-        start.method = _with_largest_batch(start, seed)
-    return planning.measure(start.method, lambda: copy.deepcopy(start.networks()), seed, start.device)
+    with distributed.acting(together=False):
+        start = resolve(method, data, preset, base, critic, model, generator, device, subset, size, options)
+        if automatic:
+            start.method = _with_largest_batch(start, seed)
+        networks = lambda: copy.deepcopy(start.networks())  # noqa: E731
+        return planning.measure(start.method, networks, seed, start.device, taken=_taken(start))
 
 
 def compare(
@@ -210,13 +213,13 @@ def compare(
         run = train(name, data, folder / name, seed=seed, resume=True, **start, **chosen)
         if name == "ddpm" and base is None:
             base = run
-        scores = run.evaluated(n)
-        report.write_run(run.path)
+        scores = run.evaluated(n, together=True)
+        distributed.from_main(partial(report.write_run, run.path))
         grid = run.path / "samples" / f"step-{run.state.step}.png"
         found[name] = ({"method": name, **scores, "seconds": run.seconds, "path": str(run.path)}, grid, run.data_name)
     rows, grids = [found[name][0] for name in names], {name: found[name][1] for name in names}
     title = f"{', '.join(names)} on {found[names[0]][2]}"
-    report.write_comparison(rows, folder / "report.html", title=title, figures=grids)
+    distributed.from_main(lambda: report.write_comparison(rows, folder / "report.html", title=title, figures=grids))
     return rows
 
 
@@ -241,16 +244,24 @@ def _with_largest_batch(start: Start, seed: int, folder: Path | None = None) -> 
         size = json.loads((folder / "config.json").read_text())["config"]["batch_size"]
     else:
         networks = lambda: copy.deepcopy(start.networks())  # noqa: E731
-        size = planning.largest_batch(start.method, networks, seed, start.device, len(start.data))
+        size = planning.largest_batch(start.method, networks, seed, start.device, len(start.data), _taken(start))
     config = dataclasses.replace(start.method.config, batch_size=size)
     return type(start.method)(config, start.method.shape, start.method.num_classes)
+
+
+def _taken(start: Start) -> int:
+    """Bytes of the device's free memory that the data will take."""
+    values, device = start.data.values, start.device
+    there = values.device.type == device.type or stay(start.data, device, start.method.config.data_on)
+    return 0 if there else values.nbytes
 
 
 def _selection(start: Start) -> Selection:
     """Judge of the best checkpoint: by the test split, or by the data themselves if they have none."""
     data = data_sets.load(start.source, size=start.size)  # not the subset: the classifier is that of `Run.evaluate`
-    data, test = data.to(start.device), data_sets.load_test(start.source, size=start.size)
-    return Selection(start.method.config, data, data if test is None else test.to(start.device))
+    test, config = data_sets.load_test(start.source, size=start.size), start.method.config
+    data = placed(data, start.device, config.data_on)
+    return Selection(config, data, data if test is None else placed(test, start.device, config.data_on))
 
 
 def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
@@ -262,8 +273,8 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
         stored = json.loads(path.read_text())
         for source in ("base", "critic"):
             settings[source] = settings[source] or stored.get(source)
-        # a run may be made longer where that does not change its learning rates, and logged or recomputed otherwise
-        free = {"log_every", "sample_every", "checkpoint_every", "keep", "recompute", "versions", "config"}
+        # a run may be made longer where that does not change its learning rates; logged, recomputed or fed otherwise
+        free = {"log_every", "sample_every", "checkpoint_every", "keep", "recompute", "data_on", "versions", "config"}
         if settings["config"]["lr_schedule"] == "constant" or not done:
             free |= {"steps", "kimg"}
         if not done:  # memory was out in the first step
@@ -288,9 +299,8 @@ def _prepare(folder: Path, settings: dict[str, Any], resume: bool) -> bool:
 
 
 def _present(run: Run, feed: Feed) -> None:
-    """Writes what a trained run shows: pictures, curves and the report."""
+    """Writes what a trained run shows beside its samples: pictures, curves and the report."""
     method, state, data, folder = run.method, run.state, feed.data, run.path
-    _save_picture(run, data, state.step)
     key = random.fold_in(random.key(run.seed), "diagnose")
     if data.shape[0] in (1, 3) and not data.points:
         for name, strip in method.strips(state, feed.batch(0).x[:STRIP], key).items():
@@ -313,16 +323,20 @@ def _drop_rows_after(folder: Path, step: int) -> None:
 
 
 def _save_picture(run: Run, data: data_sets.Data, step: int) -> None:
-    """A grid of sample images, or samples over the points that the run is trained on."""
+    """A grid of sample images, or samples over the points that the run is trained on, drawn by all processes."""
     if data.shape[0] not in ((2,) if data.points else (1, 3)):
         return  # nothing that a picture could show
-    samples, path = run.sample(SCATTER if data.points else GRID, seed=0), run.path / "samples" / f"step-{step}.png"
-    if not samples.isfinite().all():
-        warnings.warn(f"samples at step {step} are not finite: no picture is written", stacklevel=2)
-    elif data.points:
-        report.scatter(samples, path, data.values)
-    else:
-        report.save_grid(samples, path)
+    samples, path = run.sample(SCATTER if data.points else GRID, together=True), run.path / f"samples/step-{step}.png"
+
+    def write() -> None:
+        if not samples.isfinite().all():
+            warnings.warn(f"samples at step {step} are not finite: no picture is written", stacklevel=2)
+        elif data.points:
+            report.scatter(samples, path, data.values)
+        else:
+            report.save_grid(samples, path)
+
+    distributed.from_main(write)
 
 
 def _warn_of_mismatch(method: Method) -> None:

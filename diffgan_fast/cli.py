@@ -155,16 +155,21 @@ def sample(
     out = out or run / "samples" / f"seed-{seed}.png"
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
+    distributed.join(pick_device(device))
     source = dgf.load(run, device=device, best=best)
-    samples = source.sample(n, seed, labels=label, **how)
-    if samples.ndim == 2 and out.suffix == ".png":
-        report.scatter(samples, out, source.reference().values if source.named else None)
-    elif out.suffix == ".png":
-        report.save_grid(samples, out)
-    else:
-        stored = samples if samples.ndim == 2 else dgf.data.to_uint8(samples).permute(0, 2, 3, 1)
-        np.savez_compressed(out, samples=stored.numpy())
-    typer.echo(out)
+    samples = source.sample(n, seed, labels=label, together=True, **how)
+
+    def write() -> None:
+        if samples.ndim == 2 and out.suffix == ".png":
+            report.scatter(samples, out, source.reference().values if source.named else None)
+        elif out.suffix == ".png":
+            report.save_grid(samples, out)
+        else:
+            stored = samples if samples.ndim == 2 else dgf.data.to_uint8(samples).permute(0, 2, 3, 1)
+            np.savez_compressed(out, samples=stored.numpy())
+
+    distributed.from_main(write)
+    _tell(str(out))
 
 
 @app.command()
@@ -207,6 +212,7 @@ def evaluate(
     is_run = (what / "config.json").exists()
     if (how or best) and not is_run:
         raise ValueError(f"{', '.join(how or ['best'])} must not be given: {what} is no run to sample from")
+    distributed.join(pick_device(device))
     named = against is None or against in dgf.datasets()
     if size is not None and named and (is_run or what.suffix == ".npz"):
         raise ValueError(
@@ -214,29 +220,30 @@ def evaluate(
         )
     if is_run and against is None:
         given: dict[str, Any] = {"metrics": names, "extractor": extractor, "max_reference": max_reference or None}
-        result = dgf.load(what, device=device, best=best).evaluate(n or 2000, **given, **how)
-        report.write_run(what)
+        result = dgf.load(what, device=device, best=best).evaluate(n or 2000, together=True, **given, **how)
+        distributed.from_main(lambda: report.write_run(what))
     elif against is None:
         raise ValueError(f"against must name the data set to measure {what} against: it is no run")
     else:
         of_theirs = None if named else size
         data, on = dgf.data.load(against, size=of_theirs), pick_device(device)
         if is_run:
-            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, progress=True, **how)
+            how |= dict(progress=True, together=True)
+            samples = dgf.load(what, device=device, best=best).sample(n or 2000, seed=1, **how)
         else:
             samples = _stored(what, n, data, size)
         test = dgf.data.load_test(against, size=of_theirs)
         held_out = None if test is None else test.to(on)
         options: dict[str, Any] = {"metrics": names, "extractor": extractor, "held_out": held_out}
         options["max_reference"] = max_reference or None
-        result = dgf.metrics.evaluate(samples, data.to(on), **options)
+        result = distributed.from_main(lambda: dgf.metrics.evaluate(samples, data.to(on), **options))
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        _tell(json.dumps(result, indent=1))
     else:
         notes = report.score_notes(result)
         if "spread" in result:
             notes.append(report.SPREAD_NOTE)
-        typer.echo("\n".join([report.table(report.score_rows(result), report.SCORE_COLUMNS), *notes]))
+        _tell("\n".join([report.table(report.score_rows(result), report.SCORE_COLUMNS), *notes]))
 
 
 def _told(**options: Any) -> dict[str, Any]:
@@ -280,8 +287,8 @@ def compare(
 ) -> None:
     """Train methods on the same data, and print one table."""
     rows = dgf.compare(names, data, out, seed=seed, n=n, device=device)
-    typer.echo(_scores(rows))
-    typer.echo(f"report: {out / 'report.html'}")
+    _tell(_scores(rows))
+    _tell(f"report: {out / 'report.html'}")
 
 
 @app.command(name="report")
@@ -317,8 +324,8 @@ def demo(
     from diffgan_fast.demo import run_demo
 
     rows = run_demo(out, seed=seed, device=device)
-    typer.echo(_scores(rows))
-    typer.echo(f"report: {out / 'report.html'}")
+    _tell(_scores(rows))
+    _tell(f"report: {out / 'report.html'}")
 
 
 @reproduce_app.command(name="2d")
@@ -338,8 +345,8 @@ def reproduce_2d(
     options = {name: value for name, value in given.items() if value}
     with _resumable():
         results = reproduce.reproduce_2d(out, variant=variant, seeds=seeds, device=device, **options)
-    typer.echo(report.table(*reproduce.kl_table(results)))
-    typer.echo(f"report: {out / variant / 'report.html'}")
+    _tell(report.table(*reproduce.kl_table(results)))
+    _tell(f"report: {out / variant / 'report.html'}")
 
 
 @reproduce_app.command(name="table1")
@@ -365,9 +372,9 @@ def reproduce_table1(
         options["configs"] = config
     with _resumable():
         results = reproduce.reproduce_table1(out, data=data, base=base, critic=critic, device=device, **options)
-    typer.echo(report.table(*reproduce.score_table(results)))
-    typer.echo("\n" + report.table(*reproduce.gain_table(results)))
-    typer.echo(f"report: {reproduce.table1_folder(out, data, conditional) / 'report.html'}")
+    _tell(report.table(*reproduce.score_table(results)))
+    _tell("\n" + report.table(*reproduce.gain_table(results)))
+    _tell(f"report: {reproduce.table1_folder(out, data, conditional) / 'report.html'}")
 
 
 @reproduce_app.command(name="ddgan")
@@ -390,8 +397,8 @@ def reproduce_ddgan(
     options: dict[str, Any] = dict(seeds=seeds, n=n, images=images, points=points, width=width, device=device)
     with _resumable():
         results = reproduce.reproduce_ddgan(out, data=data, configs=config or None, **options)
-    typer.echo(report.table(*reproduce.tradeoff_table(results)))
-    typer.echo(f"report: {out / data / 'report.html'}")
+    _tell(report.table(*reproduce.tradeoff_table(results)))
+    _tell(f"report: {out / data / 'report.html'}")
 
 
 @reproduce_app.command(name="toy")
@@ -405,8 +412,8 @@ def reproduce_toy(
     from diffgan_fast import reproduce
 
     rows = reproduce.reproduce_toy(out, sigma=sigma, n=n, seed=seed)
-    typer.echo(report.table(rows, {name: name for name in rows[0]}))
-    typer.echo(f"report: {out / 'report.html'}")
+    _tell(report.table(rows, {name: name for name in rows[0]}))
+    _tell(f"report: {out / 'report.html'}")
 
 
 @reproduce_app.command(name="gaussians")
@@ -422,8 +429,8 @@ def reproduce_gaussians(
     options: dict[str, Any] = {"steps": steps} if steps else {}
     with _resumable():
         results = reproduce.reproduce_gaussians(out, seeds=seeds, device=device, **options)
-    typer.echo(report.table(*reproduce.modes_table(results)))
-    typer.echo(f"report: {out / 'report.html'}")
+    _tell(report.table(*reproduce.modes_table(results)))
+    _tell(f"report: {out / 'report.html'}")
 
 
 @reproduce_app.command(name="diffusion-gan")
@@ -449,8 +456,8 @@ def reproduce_diffusion_gan(
         results = reproduce.reproduce_diffusion_gan(
             out, data=data, seeds=seeds, n=n, kimg=kimg, device=device, **options
         )
-    typer.echo(report.table(*reproduce.diffusion_gan_table(results)))
-    typer.echo(f"report: {out / data / 'report.html'}")
+    _tell(report.table(*reproduce.diffusion_gan_table(results)))
+    _tell(f"report: {out / data / 'report.html'}")
 
 
 @contextmanager
@@ -459,7 +466,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here.", err=True)
+        _tell("stopped; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
 
 

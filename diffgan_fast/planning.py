@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
 import time
 import weakref
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffgan_fast import random, report
 from diffgan_fast.engine import Batch, Method, TrainingError, out_of_memory, precision
+from diffgan_fast.engine.memory import free_memory
 from diffgan_fast.run import build
 
 SHARE = 0.9  # of the free memory that a run may take: workspaces of libraries come on top of what is counted
@@ -49,7 +48,7 @@ class Plan:
 
     Attributes:
         method, batch_size, steps, device: what was asked for.
-        free: bytes of memory that are free on the device.
+        free: bytes of memory that are free on the device, once the data are there.
         recompute: the fastest that fits, or None if none does (or the method has no chain).
     """
 
@@ -83,11 +82,18 @@ class Plan:
         return f"{head}\n{report.table(rows, columns)}"
 
 
-def measure(method: Method, networks: Callable[[], dict], seed: int, device: torch.device, tries: int = TRIES) -> Plan:
+def measure(
+    method: Method,
+    networks: Callable[[], dict],
+    seed: int,
+    device: torch.device,
+    tries: int = TRIES,
+    taken: int = 0,
+) -> Plan:
     """The plan of a method with its config's batch size. `networks` gives the networks that are not made anew.
 
-    Of `tries` timed steps the fastest counts; with none, all seconds are 0. TrainingError if even a short chain, or a
-    method's step, does not fit.
+    Of `tries` timed steps the fastest counts; with none, all seconds are 0. `taken` bytes of the free memory are
+    those that the data will take. TrainingError if even a short chain, or a method's step, does not fit.
     """
     c: Any = method.config
     n = c.batch_size
@@ -117,7 +123,8 @@ def measure(method: Method, networks: Callable[[], dict], seed: int, device: tor
             for how in ("none", "step", SHORT)
         }
         rows = _extrapolated(found, steps, c.grad_steps or steps, short, long, state=4 * n * math.prod(method.shape))
-    return Plan(method.name, n, c.steps, device, free_memory(device), tuple(sorted(rows, key=lambda r: r.seconds)))
+    free = free_memory(device) - taken
+    return Plan(method.name, n, c.steps, device, free, tuple(sorted(rows, key=lambda r: r.seconds)))
 
 
 def _extrapolated(found, steps, carrying, short, long, state) -> list[Row]:
@@ -144,8 +151,13 @@ def _extrapolated(found, steps, carrying, short, long, state) -> list[Row]:
     ]
 
 
-def largest_batch(method: Method, networks: Callable[[], dict], seed: int, device: torch.device, most: int) -> int:
-    """The largest batch, up to `most`, whose step fits into the free memory. TrainingError if not even 1 does."""
+def largest_batch(
+    method: Method, networks: Callable[[], dict], seed: int, device: torch.device, most: int, taken: int = 0
+) -> int:
+    """The largest batch, up to `most`, whose step fits into the memory that is free but for `taken` bytes.
+
+    TrainingError if not even 1 does.
+    """
 
     def peak(n: int) -> float:
         smaller = type(method)(dataclasses.replace(method.config, batch_size=n), method.shape, method.num_classes)
@@ -160,7 +172,7 @@ def largest_batch(method: Method, networks: Callable[[], dict], seed: int, devic
 
     low, high = peak(4), peak(8)
     each = max((high - low) / 4, 1.0)
-    room = SHARE * free_memory(device) - (low - 4 * each)
+    room = SHARE * (free_memory(device) - taken) - (low - 4 * each)
     if room < each:
         raise TrainingError(f"not even one sample fits into the free memory of {device}")
     return max(1, min(most, int(room / each)))
@@ -168,22 +180,6 @@ def largest_batch(method: Method, networks: Callable[[], dict], seed: int, devic
 
 def _too_large(n: int, device: torch.device) -> TrainingError:
     return TrainingError(f"a step at batch_size {n} does not fit into the memory of {device}: give a smaller one")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of a CPU what the system says, or all there is, within the process's limit."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    told = Path("/proc/meminfo")
-    if told.exists():
-        free = int(re.search(r"MemAvailable:\s+(\d+)", told.read_text())[1]) * 1024  # type: ignore[index]
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
 
 
 def _probe(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from tqdm import tqdm
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, random
 from diffgan_fast import metrics as measures
-from diffgan_fast.engine import Method, State, checkpoint, out_of_memory
+from diffgan_fast.engine import Method, State, checkpoint, distributed, out_of_memory
+from diffgan_fast.engine.memory import placed
 from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
+from diffgan_fast.metrics.extraction import Seen, describe, see
+from diffgan_fast.metrics.extractors import chosen_extractor
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -112,6 +115,7 @@ class Run:
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
         progress: bool = False,
+        together: bool = False,
         **how: Any,
     ) -> torch.Tensor:
         """Samples first … first + n of the endless sequence of a seed.
@@ -122,12 +126,32 @@ class Run:
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
             progress: show a progress bar, on a terminal.
+            together: every process of a run calls this alike; each draws its part, and all return all samples. Else
+                this process draws all of them, without the others.
             how: what the method's `sampling_options` name, in place of the run's settings; of a denoiser steps=,
                 sampler=, eta=, variance=, clip_x0=, guidance_scale=, as for `sampling.Reverse`.
 
         Returns: float32 [n, C, H, W] in [-1, 1], or points [n, D], on the CPU.
         Raises: ValueError for arguments out of range; torch.OutOfMemoryError, which tells what to do.
         """
+        with distributed.acting(together):
+            draw = self._drawing(n, seed, first, ema=ema, labels=labels, batch=batch, progress=progress, **how)
+            parts = distributed.gather(draw, everywhere=True)
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _drawing(
+        self,
+        n: int,
+        seed: int,
+        first: int = 0,
+        *,
+        ema: bool = True,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        batch: int | None = None,
+        progress: bool = False,
+        **how: Any,
+    ) -> Callable[[], torch.Tensor]:
+        """What draws the part of the samples that `sample` names which is this process's, once they are checked."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         if batch is not None and batch < 1:
@@ -144,22 +168,30 @@ class Run:
             if not whole or labels.shape not in ((), (n,)) or not 0 <= labels.min() <= labels.max() <= top:
                 raise ValueError(f"labels must be one int or {n} ints in 0..{top}, got {labels.tolist()}")
             labels = labels.expand(n)
+        asked = dict(n=n, seed=seed, first=first, ema=ema, labels=labels if labels is None else labels.tolist(), **how)
+        distributed.check_same({**asked, "step": self.state.step})
         batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
-        key = random.fold_in(random.key(seed), "sample")
-        parts = []
-        with tqdm(total=n, desc="samples", unit="sample", disable=None if progress else True) as bar:
-            for i in range(0, n, batch):
-                given = None if labels is None else labels[i : i + batch]
-                options: dict[str, Any] = dict(first=first + i, ema=ema, labels=given, **how)
-                try:
-                    parts.append(self.method.sample(self.state, min(batch, n - i), key, **options).cpu())
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    told = f"out of memory with {batch} samples at a time: give a smaller batch"
-                    raise torch.OutOfMemoryError(told) from error
-                bar.update(len(parts[-1]))
-        return torch.cat(parts)
+        key, mine = random.fold_in(random.key(seed), "sample"), distributed.part(n)
+        shown = progress and distributed.is_main()
+
+        def draw() -> torch.Tensor:
+            parts = [torch.empty(0, *self.method.shape, dtype=torch.float32)]
+            with tqdm(total=mine.stop - mine.start, desc="samples", unit="sample", disable=not shown or None) as bar:
+                for i in range(mine.start, mine.stop, batch):
+                    end = min(i + batch, mine.stop)
+                    given = None if labels is None else labels[i:end]
+                    options: dict[str, Any] = dict(first=first + i, ema=ema, labels=given, **how)
+                    try:
+                        parts.append(self.method.sample(self.state, end - i, key, **options).cpu())
+                    except RuntimeError as error:
+                        if not out_of_memory(error):
+                            raise
+                        told = f"out of memory with {batch} samples at a time: give a smaller batch"
+                        raise torch.OutOfMemoryError(told) from error
+                    bar.update(end - i)
+            return torch.cat(parts)
+
+        return draw
 
     def reference(self, split: str = "train") -> data_sets.Data:
         """All of "train", also if a subset was trained on, or the "test" split of a named data set or a folder."""
@@ -177,6 +209,7 @@ class Run:
         seed: int = 1,
         extractor: Any = None,
         max_reference: int | None = MAX_REFERENCE,
+        together: bool = False,
         **how: Any,
     ) -> dict[str, Any]:
         """Measures n samples against the training data, by default with all metrics for this kind of data.
@@ -184,31 +217,87 @@ class Run:
         See `metrics.evaluate`. Beside its scores stand `sample_seconds`, which drawing the n samples took, and, where a
         method on points tells it, `eval_loss` on the test split; `sampling` is `how`, which `sample` is given. The
         result is kept as evaluation.json (of the best checkpoint: evaluation-best.json).
+
+        With together=True every process of a run calls this alike: each draws its part of the samples and takes its
+        features, and all return what the main one makes of them. Else this process does it without the others.
         """
-        started = time.perf_counter()
-        samples = self.sample(n, seed, progress=True, **how)
-        seconds = time.perf_counter() - started
-        device = next(p for net in self.state.nets.values() for p in net.parameters()).device
-        reference, held_out = self.reference().to(device), data_sets.load_test(self._data, size=self._size)
-        held_out = None if held_out is None else held_out.to(device)
-        given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
-        result = measures.evaluate(samples, reference, held_out=held_out, **given)
+        with distributed.acting(together):
+            device = next(p for net in self.state.nets.values() for p in net.parameters()).device
+            with distributed.main_first():  # what has to be fetched is fetched once
+                reference, held_out = self.reference(), data_sets.load_test(self._data, size=self._size)
+            data_on = self.method.config.data_on
+            reference = placed(reference, device, data_on)
+            held_out = None if held_out is None else placed(held_out, device, data_on)
+            given: dict[str, Any] = dict(metrics=metrics, extractor=extractor, max_reference=max_reference)
+            result = self.measure(n, seed, reference, held_out=held_out, how=how, **given)
+            return distributed.from_main(lambda: self._keep(result, held_out, seed, how))
+
+    def _keep(self, result: dict[str, Any], held_out: data_sets.Data | None, seed: int, how: dict) -> dict[str, Any]:
+        """Writes an evaluation, with what the run adds to its scores."""
         if held_out is not None and held_out.points:
             key = random.fold_in(random.key(seed), "evaluation")
-            loss = self.method.evaluation_loss(self.state, held_out.values, key)
+            loss = self.method.evaluation_loss(self.state, held_out.batch(slice(None)), key)
             result |= {} if loss is None else {"eval_loss": loss}
         if self.best and held_out is None:
             result["warnings"] += ["This checkpoint was chosen on the data that it is scored on, which flatters it."]
-        result |= {"sample_seconds": seconds, "step": self.state.step, "seed": seed, "sampling": how}
+        result |= {"step": self.state.step, "seed": seed, "sampling": how}
         files.write(self._evaluation, json.dumps(result, indent=1) + "\n")
         return result
+
+    def measure(
+        self,
+        n: int,
+        seed: int,
+        data: data_sets.Data,
+        *,
+        extractor: Any = None,
+        how: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Scores of n samples against a data set, which nothing keeps: what `evaluate` and the engine are built on.
+
+        In a run of several processes all call it, unless inside `distributed.acting(together=False)`.
+
+        Args:
+            data: their batches on the device that computes.
+            how: as for `sample`.
+            options: of `metrics.evaluate`.
+
+        Returns: what `metrics.evaluate` does, and `sample_seconds`, of the process that drew the longest.
+        Raises: ValueError as `sample` and `metrics.evaluate`, or if processes would take features differently.
+        """
+        draw, shown = self._drawing(n, seed, progress=True, **how or {}), distributed.is_main()
+        with distributed.main_first():  # what has to be trained is trained once
+            extractor = chosen_extractor(extractor, data)
+        distributed.check_same({"features": describe(extractor)})
+
+        def look() -> tuple[Seen | None, float]:
+            started = time.perf_counter()
+            samples = draw()
+            seconds = time.perf_counter() - started
+            on = samples.to(data.device)
+            return see(on, data, extractor, progress=shown).to("cpu") if len(samples) else None, seconds
+
+        found = distributed.gather(look)
+
+        def judge() -> dict[str, Any]:
+            seen = Seen.joined([part for part, _ in found if part is not None])
+            scores = measures.evaluate(seen, data, extractor=extractor, **options)
+            return scores | {"sample_seconds": max(seconds for _, seconds in found)}
+
+        return distributed.from_main(judge)
 
     @property
     def _evaluation(self) -> Path:
         return self.path / ("evaluation-best.json" if self.best else "evaluation.json")
 
-    def evaluated(self, n: int = 2000, seed: int = 1) -> dict[str, Any]:
+    def evaluated(self, n: int = 2000, seed: int = 1, *, together: bool = False) -> dict[str, Any]:
         """What `evaluate(n, seed=seed)` gives: read from the file that it is kept in, if that holds it."""
+        with distributed.acting(together):
+            stored = distributed.from_main(lambda: self._stored(n, seed))
+        return self.evaluate(n, seed=seed, together=together) if stored is None else stored
+
+    def _stored(self, n: int, seed: int) -> dict[str, Any] | None:
         stored = json.loads(self._evaluation.read_text()) if self._evaluation.exists() else {}
         data = self.reference()
         reference_n = len(data) if data.points else min(len(data), MAX_REFERENCE)
@@ -216,7 +305,7 @@ class Run:
         known = all(stored.get(name) == value for name, value in wanted_facts.items())
         usual = stored.get("extractor", {}).get("name", "domain") == "domain" and not stored.get("sampling")
         wanted = set(measures.usual(data))
-        return stored if known and usual and wanted <= stored["labels"].keys() else self.evaluate(n, seed=seed)
+        return stored if known and usual and wanted <= stored["labels"].keys() else None
 
     def export(self, path: str | Path, *, ema: bool = True) -> Path:
         """Writes the sampling network's weights as one safetensors file for plain torch.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-
-from torch import Tensor
 
 from diffgan_fast import metrics
 from diffgan_fast.data import Data
-from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint
+from diffgan_fast.engine import TrainConfig, TrainingError, checkpoint, distributed
 from diffgan_fast.metrics.cautions import LEAST_OF_MODE
 from diffgan_fast.run import Run
 
@@ -44,23 +44,37 @@ class Selection:
                 f"best_by='modes' needs evaluate_n={least} or more for data {data.name!r}, got {self.n}: "
                 f"{LEAST_OF_MODE} samples make one of its {len(modes.centres)} modes covered"
             )
-        self.extractor = None if data.points else metrics.find_extractor(config.evaluate_on, data)
-        self._scores(against.batch(slice(0, self.n)))  # what cannot be measured is told before training
-
-    def _scores(self, samples: Tensor) -> dict[str, Any]:
-        names = {self.metric, *metrics.usual(self.against)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", metrics.SmallSampleWarning)  # it would come again at every step
-            return metrics.evaluate(
-                samples, self.against, metrics=sorted(names), extractor=self.extractor, floors=False, halves=0
-            )
+        self._measured: dict[str, Any] = dict(
+            metrics=sorted({self.metric, *metrics.usual(against)}),
+            extractor=None if data.points else metrics.find_extractor(config.evaluate_on, data),
+            floors=False,
+            halves=0,
+        )
+        with self._quiet():  # what cannot be measured is told before training
+            metrics.evaluate(against.batch(slice(0, self.n)), against, **self._measured)
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The run's scores now, for its history. TrainingError if a sample is not finite."""
-        samples, step = run.sample(self.n, SEED), run.state.step
-        if not samples.isfinite().all():
-            raise TrainingError(f"samples at step {step} are not finite")
-        scores = self._scores(samples)
+        """The run's scores now, for its history. TrainingError if a sample is not finite.
+
+        In a run of several processes all call it; the main one keeps the checkpoint.
+        """
+        try:
+            with self._quiet():
+                scores = run.measure(self.n, SEED, self.against, **self._measured)
+        except metrics.NotFinite as error:
+            raise TrainingError(f"samples at step {run.state.step} are not finite") from error
+        return distributed.from_main(lambda: self._choose(run, scores))
+
+    @staticmethod
+    @contextmanager
+    def _quiet() -> Iterator[None]:
+        """Without the warning that would come again at every step."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metrics.SmallSampleWarning)
+            yield
+
+    def _choose(self, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
+        """Keeps the checkpoint if it is the best so far. Of its scores, what the history says."""
         value, sign = scores[self.metric], -1 if self.metric in metrics.HIGHER_IS_BETTER else 1
         best = checkpoint.best(run.path)
         if best is None or sign * value < sign * best["value"]:

@@ -140,7 +140,7 @@ def test_progress_of_sampling_is_shown_on_a_terminal(trained, monkeypatch):
 def test_points_are_stored_as_they_are_or_drawn(capsys, tmp_path, monkeypatch):
     points = torch.randn(5, 2)
     stand_in = SimpleNamespace(
-        sample=lambda n, seed, labels: points, named=True, reference=lambda: dgf.data.load("moons")
+        sample=lambda n, seed, labels, together: points, named=True, reference=lambda: dgf.data.load("moons")
     )
     monkeypatch.setattr(dgf, "load", lambda path, device, best: stand_in)
     run(capsys, "sample", str(tmp_path), "--out", str(tmp_path / "s.npz"))

@@ -48,12 +48,14 @@ class Data(ABC):
         labels: int64 ``[N]`` in 0..num_classes-1, or None.
         classes: a name for each class, or ().
         name: what the data set is called in messages and file names.
+        batch_device: where batches are brought, if not where the values are; None: there.
     """
 
     values: Tensor
     labels: Tensor | None
     classes: tuple[str, ...]
     name: str
+    batch_device: torch.device | None
 
     def __post_init__(self):
         if len(self.values) == 0:
@@ -101,7 +103,15 @@ class Data(ABC):
                 digest.update(part.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.batch_device or self.values.device
+
     @abstractmethod
+    def ready(self, stored: Tensor) -> Tensor:
+        """Samples as a network takes them, of samples as they are stored, on their device."""
+
     def batch(self, index) -> Tensor:
         """Samples ready for a network.
 
@@ -109,9 +119,9 @@ class Data(ABC):
             index: int64 tensor ``[n]``, a sequence of ints, or a slice.
 
         Returns:
-            float32 ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]`` in their own units;
-            on the data's device.
+            float32 ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]`` in their own units; on ``device``.
         """
+        return self.ready(_select(self.values, index).to(self.device))
 
     def labels_of(self, index) -> Tensor:
         """Labels of the samples that ``batch(index)`` gives: int64 ``[n]``.
@@ -121,7 +131,7 @@ class Data(ABC):
         """
         if self.labels is None:
             raise ValueError(f"data {self.name!r} has no labels; give them to load(..., labels=)")
-        return _select(self.labels, index)
+        return _select(self.labels, index).to(self.device)
 
     def subset(self, n: int, seed: int = 0) -> "Data":
         """A fixed random choice of ``n`` samples without replacement, from NumPy's PCG64 of ``seed``.
@@ -133,16 +143,20 @@ class Data(ABC):
             raise ValueError(f"subset must be 1..{len(self)} samples of data {self.name!r}, not {n}")
         index = np.random.Generator(np.random.PCG64(seed)).permutation(len(self))[:n]
         labels = None if self.labels is None else _select(self.labels, index)
-        return self._with(_select(self.values, index), labels)
+        return self._with(_select(self.values, index), labels, self.batch_device)
 
     def to(self, device) -> "Data":
         """The same data on another device."""
         labels = None if self.labels is None else self.labels.to(device)
-        return self._with(self.values.to(device), labels)
+        return self._with(self.values.to(device), labels, None)
 
-    def _with(self, values: Tensor, labels: Tensor | None) -> "Data":
+    def with_batches_on(self, device: torch.device) -> "Data":
+        """The same data where they are, of which each batch is brought to a device."""
+        return self._with(self.values, self.labels, device)
+
+    def _with(self, values: Tensor, labels: Tensor | None, batch_device: torch.device | None) -> "Data":
         kind: Any = type(self)
-        return kind(values, labels, self.classes, self.name)
+        return kind(values, labels, self.classes, self.name, batch_device=batch_device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,6 +168,7 @@ class ImageData(Data):
         labels: int64 ``[N]``, or None.
         classes: a name for each class, or ().
         name: what the data set is called.
+        batch_device: where batches are brought; None: where the images are.
 
     Raises:
         ValueError: an argument has another type, shape or range, or there is no image.
@@ -163,6 +178,7 @@ class ImageData(Data):
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     name: str = "images"
+    batch_device: torch.device | None = None
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -174,8 +190,8 @@ class ImageData(Data):
     def values(self) -> Tensor:  # type: ignore[override]
         return self.images
 
-    def batch(self, index) -> Tensor:
-        return _select(self.images, index).to(torch.float32).div_(127.5).sub_(1)
+    def ready(self, stored: Tensor) -> Tensor:
+        return stored.to(torch.float32).div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -188,6 +204,7 @@ class FloatData(Data):
         classes: a name for each class, or ().
         name: what the data set is called.
         modes: the Gaussians that points are a mixture of, where they are known.
+        batch_device: where batches are brought; None: where the values are.
 
     Raises:
         ValueError: an argument has another type, shape or range, a value is not finite, or there is none.
@@ -198,6 +215,7 @@ class FloatData(Data):
     classes: tuple[str, ...] = ()
     name: str = "data"
     modes: Modes | None = None
+    batch_device: torch.device | None = None
 
     def __post_init__(self):
         if self.values.dtype != torch.float32 or self.values.ndim not in (2, 4):
@@ -211,8 +229,8 @@ class FloatData(Data):
             found = f"{low:g}..{high:g}"
             raise ValueError(f"float images must lie in [-1, 1], not {found}; 0..255 belongs in uint8")
 
-    def batch(self, index) -> Tensor:
-        return _select(self.values, index)
+    def ready(self, stored: Tensor) -> Tensor:
+        return stored
 
-    def _with(self, values: Tensor, labels: Tensor | None) -> Data:
-        return FloatData(values, labels, self.classes, self.name, self.modes)
+    def _with(self, values: Tensor, labels: Tensor | None, batch_device: torch.device | None) -> Data:
+        return FloatData(values, labels, self.classes, self.name, self.modes, batch_device)

@@ -62,7 +62,7 @@ def load(data, *, root=None, split="train", subset=None, seed=0, labels=None, si
     if labels is not None:
         if found.labels is not None:
             raise ValueError(f"labels must be None: data {found.name!r} brings its own")
-        found = found._with(found.values, torch.as_tensor(labels).to(torch.int64))
+        found = found._with(found.values, torch.as_tensor(labels).to(torch.int64), found.batch_device)
     return found if subset is None else found.subset(subset, seed)
 
 

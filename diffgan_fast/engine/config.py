@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from diffgan_fast.engine.compiling import Compile
+from diffgan_fast.engine.memory import DataOn
 from diffgan_fast.engine.precision import Precision
 
 
@@ -45,6 +46,11 @@ class TrainConfig:
     ema_every: int = option(1, "updates between averagings", unit="updates", low=1)
     ema_start: int = option(0, "updates during which the average is a copy", unit="updates", low=0)
     flip: bool = option(False, "mirror half of the training images")
+    data_on: DataOn = option(
+        "auto",
+        "where the data lie: device; host, from which batches are copied ahead of their steps; or auto: on the device, "
+        "unless they would take more than a quarter of its free memory",
+    )
     channels_last: bool = option(True, "keep images and convolutions in channels_last memory format")
     precision: Precision = option(
         "fp32",

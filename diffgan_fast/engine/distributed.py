@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# What the others wait for the main process at most, while it evaluates or draws samples. Not for one that has ended:
-# that is noticed at once.
+# What the others wait for one process at most, while it measures or draws samples. Not for one that has ended: that is
+# noticed at once.
 PATIENCE = timedelta(hours=12)
 
 T = TypeVar("T")
+_alone = False  # see `acting`
 
 
 class ProcessLost(RuntimeError):
@@ -35,8 +36,7 @@ def join(device: torch.device) -> None:
     Raises: ValueError if this process cannot have a device of its own, or the process group has no back end for the
         device and for the CPU.
     """
-    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if dist.is_available() and not dist.is_initialized() and launched:
+    if _launched() and not dist.is_initialized():
         if device.type == "cuda":
             if device.index is not None:
                 raise ValueError(f"device must be auto, cpu or cuda where torchrun starts a run, got '{device}'")
@@ -59,14 +59,39 @@ def join(device: torch.device) -> None:
                 )
 
 
+def _launched() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return dist.is_available() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@contextmanager
+def acting(together: bool) -> Iterator[None]:
+    """A block in which all processes do the same and share the work, or else one that each acts in as if alone.
+
+    Inside the latter nothing is together: what the main process does while the others wait must not wait for them.
+
+    Raises: ValueError if torchrun has started several processes that have not joined each other.
+    """
+    global _alone
+    if together and _launched() and not dist.is_initialized():
+        raise ValueError(
+            "together must be False until dgf.train or init_process_group has made a process group, got True"
+        )
+    before, _alone = _alone, _alone or not together
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return 1 if _alone or not (dist.is_available() and dist.is_initialized()) else dist.get_world_size()
 
 
 def rank() -> int:
@@ -85,6 +110,11 @@ def share(batch_size: int) -> slice:
     if rest:
         raise ValueError(f"batch_size must be a multiple of the number of processes, {size()}; got {batch_size}")
     return slice(rank() * each, (rank() + 1) * each)
+
+
+def part(n: int) -> slice:
+    """The part of n samples that this process draws: parts are as equal as can be, and may be empty."""
+    return slice(-(-n * rank() // size()), -(-n * (rank() + 1) // size()))
 
 
 @contextmanager
@@ -112,7 +142,8 @@ def from_main(make: Callable[[], T]) -> T:
     told: list[Any] = [None, None]
     if is_main():
         try:
-            told[0] = make()
+            with acting(together=False):
+                told[0] = make()
         except Exception as error:
             told[1] = error
     with exchanging():
@@ -120,6 +151,34 @@ def from_main(make: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def gather(make: Callable[[], T], *, everywhere: bool = False) -> list[T]:
+    """What `make` gives in each process, by number: in the main one, or everywhere. Elsewhere the list is empty.
+
+    `make` acts alone, so its part is taken before. Tensors in what it gives lie on the CPU. What one raises, all do.
+    """
+    if size() == 1:
+        return [make()]
+    made: T | None = None
+    error: Exception | None = None
+    try:
+        with acting(together=False):
+            made = make()
+    except Exception as raised:
+        error = raised
+    errors: list[Any] = [None] * size()
+    with exchanging():
+        dist.all_gather_object(errors, error)
+    if failed := [told for told in errors if told is not None]:
+        raise failed[0]
+    found: list[Any] = [None] * size() if everywhere or is_main() else []
+    with exchanging():
+        if everywhere:
+            dist.all_gather_object(found, made)
+        else:
+            dist.gather_object(made, found or None)
+    return found
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from diffgan_fast.engine import checkpoint, distributed, precision
 from diffgan_fast.engine.compiling import compiled
 from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.gpu import Meter
-from diffgan_fast.engine.method import Method
+from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.state import State
 from diffgan_fast.engine.steps import Steps
 
@@ -44,9 +44,9 @@ class Loop:
     Args:
         state: of several processes `together`.
         on_log: called with each row that was written, in every process.
-        on_sample: called at every `sample_every`-th step, in the main process.
-        on_evaluate: called at every `evaluate_every`-th step and at the last, in the main process; what it gives is the
-            row's "evaluation".
+        on_sample: called at every `sample_every`-th step, in every process.
+        on_evaluate: called at every `evaluate_every`-th step and at the last, in every process; what it gives, the same
+            in all, is the row's "evaluation".
     """
 
     def __init__(
@@ -82,11 +82,12 @@ class Loop:
         bar = tqdm(total=c.steps, initial=state.step, desc=self.method.name, disable=not self.progress, leave=False)
         self._begin()
         forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-        with forked, bar, self._interrupts(), compiled(state.nets, c.compile, self.feed.device):
+        batches = self.feed.batches(range(state.step, c.steps), self.part)
+        with forked, bar, self._interrupts(), compiled(state.nets, c.compile, self.feed.device), batches as ahead:
             stop = distributed.Stop()
             try:
                 while state.step < c.steps:
-                    self._step(bar)
+                    self._step(bar, ahead)
                     if stop.agreed(self._interrupted):
                         raise KeyboardInterrupt
                 if state.step != self._saved:
@@ -117,12 +118,12 @@ class Loop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _step(self, bar: tqdm) -> None:
+    def _step(self, bar: tqdm, batches: Iterator[Batch]) -> None:
         c, state = self.config, self.state
         key = random.fold_in(self.seed_key, "step", state.step)
         self._seed(random.fold_in(key, "torch", self.part.start))
         try:
-            batch = self.feed.batch(state.step, self.part)
+            batch = next(batches)
             with precision.reduced(c.precision, self.feed.device):
                 losses = self.steps(batch, key)
         except RuntimeError as error:
@@ -138,7 +139,7 @@ class Loop:
             bar.set_postfix_str(self._log(bool(judged)))
         if c.sample_every and state.step % c.sample_every == 0 and not last:
             with self._aside():
-                distributed.from_main(lambda: self.on_sample(state.step))
+                self.on_sample(state.step)
         if c.checkpoint_every and state.step % c.checkpoint_every == 0 and not last:
             self.save()
 
@@ -235,7 +236,7 @@ class Loop:
             row["gpu"] = doing
         if judged:
             with self._aside():
-                row["evaluation"] = distributed.from_main(self.on_evaluate)
+                row["evaluation"] = self.on_evaluate()
         distributed.from_main(lambda: self._append(row))
         self.on_log(row)
         return " ".join(f"{k}={v:.3g}" for k, v in means.items())

@@ -53,7 +53,10 @@ class Method(ABC):
         """The optimiser of each network that trains."""
 
     def prepare(self, state: State, key: int, folder: Path) -> None:  # noqa: B027 (a hook that most leave empty)
-        """What has to be done before the first step of a run, or of what is left of it. Nothing by default."""
+        """What has to be done before the first step of a run, or of what is left of it. Nothing by default.
+
+        In a run of several processes all call it; the main one writes.
+        """
 
     @abstractmethod
     def step(self, state: State, batch: Batch, key: Key) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 
 from diffgan_fast import files, nets, random
 from diffgan_fast.adversarial import critic_loss
-from diffgan_fast.engine import Batch, FlatAdamW, State, option
+from diffgan_fast.engine import Batch, FlatAdamW, State, distributed, option
 from diffgan_fast.methods.diffusion import STUDENT, DiffusionConfig, DiffusionMethod
 from diffgan_fast.ops import add_noise
 from diffgan_fast.schedule import Schedule
@@ -101,11 +101,15 @@ class DiscriminatorGuidance(DiffusionMethod):
 
     def prepare(self, state: State, key: int, folder: Path) -> None:
         """Draws the samples that the critic learns from, or finds them in the run's folder."""
-        path = folder / "fakes.safetensors"
-        if not path.exists():
-            n, size, plain = self.config.fakes, 500, super().reverse(state)
-            parts = [self.draw(state, min(size, n - i), key, plain, first=i).cpu() for i in range(0, n, size)]
-            files.write(path, save({"samples": torch.cat(parts)}))
+        path, plain, part = folder / "fakes.safetensors", super().reverse(state), distributed.part(self.config.fakes)
+
+        def draw() -> list[torch.Tensor]:
+            sizes = {i: min(500, part.stop - i) for i in range(part.start, part.stop, 500)}
+            return [self.draw(state, n, key, plain, first=i).cpu() for i, n in sizes.items()]
+
+        if not distributed.from_main(path.exists):
+            drawn = distributed.gather(draw)
+            distributed.from_main(lambda: files.write(path, save({"samples": torch.cat(sum(drawn, []))})))
         self._fakes = load_file(path)["samples"].to(next(state["denoiser"].parameters()).device)
 
     def step(self, state: State, batch: Batch, key: random.Key):

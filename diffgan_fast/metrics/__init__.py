@@ -4,6 +4,7 @@ Each metric is a function on features and an object that is fed batch by batch; 
 """
 
 from .cautions import SampleRangeWarning, SmallSampleWarning
+from .checks import NotFinite
 from .evaluation import HIGHER_IS_BETTER, available, evaluate, label, usual
 from .extractors import VGG, EffL0, Inception, extractors, find_extractor
 from .features import DomainClassifier
@@ -28,6 +29,7 @@ __all__ = [
     "KnnKL",
     "ModeCoverage",
     "Moments",
+    "NotFinite",
     "PrecisionRecallDensityCoverage",
     "SampleRangeWarning",
     "SmallSampleWarning",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ..data import Data
 from ..data.base import Modes
 from .extraction import Extracted, batches
@@ -61,11 +59,11 @@ def _modes_need(modes: Modes) -> int:
     return 2 * LEAST_OF_MODE * len(modes.centres)
 
 
-def out_of_range(samples: Tensor, data: Data) -> str | None:
+def out_of_range(low: float, high: float, data: Data) -> str | None:
     """A sentence if images seem to lie in [0, 1] and not in [-1, 1] as the data do."""
-    if data.points or samples.min() < 0 or all(batch.min() >= 0 for batch in batches(data)):
+    if data.points or low < 0 or all(batch.min() >= 0 for batch in batches(data)):
         return None
     return (
-        f"samples lie in {float(samples.min()):.3g}..{float(samples.max()):.3g}, and none is below 0 as images of "
+        f"samples lie in {low:.3g}..{high:.3g}, and none is below 0 as images of "
         f"{data.name!r} are: images in [0, 1] must be scaled to [-1, 1] first, samples = 2 * samples - 1."
     )

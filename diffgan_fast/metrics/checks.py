@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 
 
+class NotFinite(ValueError):
+    """Samples that hold NaN or infinity."""
+
+
 def float64(values) -> Tensor:
     """A tensor on its own device, or an array, as float64 without gradients."""
     if isinstance(values, Tensor):

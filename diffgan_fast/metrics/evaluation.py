@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..data import Data
 from .cautions import LEAST_OF_MODE, SampleRangeWarning, SmallSampleWarning, few_samples, out_of_range
-from .checks import float64
-from .extraction import BATCH, Extracted, Kept, describe, extract, features_of, kept_of
-from .extractors import find_extractor
+from .checks import NotFinite, float64
+from .extraction import Extracted, Kept, Seen, describe, features_of, kept_of, see
+from .extractors import chosen_extractor
 from .frechet import fid, fid_infinity
 from .kernel import mmd2
 from .modes import inception_score, mode_coverage
@@ -193,34 +193,33 @@ def _spread(metrics: Sequence[str], reference: Reference, fake: Extracted, halve
     return {name: float(np.std([value[name] for value in values], ddof=1)) for name in metrics}
 
 
-def _check(
-    samples: Tensor, data: Data, held_out: Data | None, metrics, extractor, halves: int, max_reference: int | None
-) -> None:
+def _check_samples(samples: Tensor | Seen, data: Data) -> None:
+    if not isinstance(samples, Tensor | Seen):
+        raise ValueError(f"samples must be a tensor, not {type(samples).__name__}")
+    shape = (len(samples), *data.shape) if isinstance(samples, Seen) else tuple(samples.shape)
+    if shape[1:] != data.shape or shape[0] < 2:
+        expected = f"[n >= 2, {', '.join(map(str, data.shape))}]"
+        raise ValueError(f"samples must be {expected} as data {data.name!r} has, not {list(shape)}")
+    if isinstance(samples, Tensor) and not samples.is_floating_point():
+        raise ValueError(f"samples must be floats, not {samples.dtype}; images lie in [-1, 1]")
+    low, high = (samples.low, samples.high) if isinstance(samples, Seen) else map(float, samples.aminmax())
+    if not np.isfinite(low + high):
+        raise NotFinite("samples must be finite; they hold NaN or infinity")
+    if not data.points and (largest := max(-low, high)) > 2:
+        raise ValueError(f"samples must lie in [-1, 1], as images do here; they reach {largest:g}")
+
+
+def _check(data: Data, held_out: Data | None, metrics, halves: int, max_reference: int | None) -> None:
     if held_out is not None and held_out.shape != data.shape:
         theirs, ours = list(held_out.shape), list(data.shape)
         raise ValueError(f"held_out must hold samples {ours} as data {data.name!r} does, not {theirs}")
-    if not isinstance(samples, Tensor):
-        raise ValueError(f"samples must be a tensor, not {type(samples).__name__}")
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a sequence of names, not {metrics!r}")
     if unknown := [m for m in metrics if m not in available(data)]:
         found = f"{', '.join(map(repr, unknown))}: data {data.name!r} holds {'points' if data.points else 'images'}"
         raise ValueError(f"metrics must be among {', '.join(available(data))}, not {found}")
-    if tuple(samples.shape[1:]) != data.shape or len(samples) < 2:
-        expected = f"[n >= 2, {', '.join(map(str, data.shape))}]"
-        raise ValueError(f"samples must be {expected} as data {data.name!r} has, not {list(samples.shape)}")
-    if not samples.is_floating_point():
-        raise ValueError(f"samples must be floats, not {samples.dtype}; images lie in [-1, 1]")
-    if not torch.isfinite(samples).all():
-        raise ValueError("samples must be finite; they hold NaN or infinity")
-    if not data.points and (largest := float(samples.abs().max())) > 2:
-        raise ValueError(f"samples must lie in [-1, 1], as images do here; they reach {largest:g}")
     if max_reference is not None and max_reference < 2:
         raise ValueError(f"max_reference must be at least 2, or None for all, not {max_reference}")
-    if extractor is not None and data.points:
-        raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
-    if not (extractor is None or isinstance(extractor, str) or callable(extractor)):
-        raise ValueError(f"extractor must be a name or a callable: images -> features [n, d], not {extractor!r}")
     if halves < 0 or halves == 1:
         raise ValueError(f"halves must be 0 or at least 2, not {halves}")
 
@@ -260,7 +259,7 @@ def _floors(metrics: Sequence[str], held_out: Data | None, reference: Reference,
 
 
 def evaluate(
-    samples: Tensor,
+    samples: Tensor | Seen,
     data: Data,
     *,
     metrics: Sequence[str] | None = None,
@@ -279,7 +278,7 @@ def evaluate(
 
     Args:
         samples: float ``[n, C, H, W]`` in [-1, 1], or points ``[n, D]``; n >= 2 (precision, recall, density and
-            coverage need 6).
+            coverage need 6). Or what has been seen of them already.
         data: the reference, normally the training split.
         metrics: names out of :func:`available`; None is all that measure this kind of data, but "fid_infinity".
         extractor: a name out of :func:`extractors`, or a callable, images ``[n, C, H, W]`` in [-1, 1] -> features
@@ -318,39 +317,37 @@ def evaluate(
         raise ValueError(f"data must be a data set (see data.load), not {type(data).__name__}")
     if metrics is None:
         metrics = usual(data)
-    _check(samples, data, held_out, metrics, extractor, halves, max_reference)
-    about: dict[str, Any] = {}
-    samples = samples.to(data.values.device)
-    if data.points:
-        fake = Extracted(samples)
-    else:
-        if extractor is None or isinstance(extractor, str):
-            extractor = find_extractor(extractor or "domain", data)
+    _check_samples(samples, data)
+    _check(data, held_out, metrics, halves, max_reference)
+    extractor, about = chosen_extractor(extractor, data), {}
+    if not data.points:
         about = describe(extractor)
         if max_reference is not None and len(data) > max_reference:
             data, about["comparable"] = data.subset(max_reference), False
         about["comparable"] &= len(samples) >= LEAST_TO_COMPARE
-        fake = extract(extractor, samples.split(BATCH), len(samples))
+    device = data.device
+    seen = samples.to(device) if isinstance(samples, Seen) else see(samples.to(device), data, extractor)
+    fake = seen.extracted
     if fake.logits is None and (needy := [m for m in metrics if _METRICS[m].needs_logits]):
         raise ValueError(f"metrics {needy} need an extractor that gives (features, logits)")
     reference = Reference(*_extracted(extractor, data), getattr(data, "modes", None))
-    result: dict[str, Any] = {"n": len(samples), "reference_n": len(data), **_scores(metrics, reference, fake)}
+    result: dict[str, Any] = {"n": len(fake), "reference_n": len(data), **_scores(metrics, reference, fake)}
     if floors:
-        result |= _floors(metrics, held_out, reference, len(samples), extractor)
-    if halves and len(samples) >= LEAST_FOR_SPREAD:
+        result |= _floors(metrics, held_out, reference, len(fake), extractor)
+    if halves and len(fake) >= LEAST_FOR_SPREAD:
         result["spread"] = _spread(metrics, reference, fake, halves)
     if fake.logits is not None:
         probabilities = fake.logits.double().softmax(1)
         counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
         result["mean_top_probability"] = probabilities.amax(1).mean().item()
-        result["smallest_class_share"] = counts.min().item() / len(samples)
+        result["smallest_class_share"] = counts.min().item() / len(fake)
         result["classes_covered"] = int((counts > 0).sum())
     if about:
         result |= {"extractor": about, "comparable": about["comparable"]}
     cautions = few_samples(metrics, reference, fake)
     for caution in cautions:
         warnings.warn(caution, SmallSampleWarning, stacklevel=2)
-    if range_caution := out_of_range(samples, data):
+    if range_caution := out_of_range(seen.low, seen.high, data):
         warnings.warn(range_caution, SampleRangeWarning, stacklevel=2)
         cautions.append(range_caution)
     return result | {"labels": {name: label(name, about) for name in metrics}, "warnings": cautions}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,32 @@ class Extracted:
         index = index.to(self.features.device)
         return Extracted(self.features[index], None if self.logits is None else self.logits[index])
 
+    def to(self, device: torch.device | str) -> Extracted:
+        return Extracted(self.features.to(device), None if self.logits is None else self.logits.to(device))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation takes of samples: their features, and their least and greatest value (NaN if one is)."""
+
+    extracted: Extracted
+    low: float
+    high: float
+
+    def __len__(self) -> int:
+        return len(self.extracted)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """All samples, of which these are parts on one device, in their order."""
+        features = torch.cat([part.extracted.features for part in parts])
+        logits = [part.extracted.logits for part in parts if part.extracted.logits is not None]
+        low, high = (torch.tensor(values) for values in zip(*((p.low, p.high) for p in parts), strict=True))
+        return cls(Extracted(features, torch.cat(logits) if logits else None), float(low.min()), float(high.max()))
+
+    def to(self, device: torch.device | str) -> Seen:
+        return Seen(self.extracted.to(device), self.low, self.high)
+
 
 def describe(extractor) -> dict:
     """An extractor's name, hash and comparability; a plain callable goes by its own name."""
@@ -50,15 +76,23 @@ def batches(data: Data) -> Iterable[Tensor]:
     return (data.batch(slice(i, i + BATCH)) for i in range(0, len(data), BATCH))
 
 
+def see(samples: Tensor, data: Data, extractor, *, progress: bool = True) -> Seen:
+    """What an evaluation against ``data`` takes of samples, at least one. Points are their own features."""
+    low, high = (float(value) for value in samples.aminmax())
+    if data.points:
+        return Seen(Extracted(samples), low, high)
+    return Seen(extract(extractor, samples.split(BATCH), len(samples), progress=progress), low, high)
+
+
 @torch.no_grad()
-def extract(extractor, images: Iterable[Tensor], n: int) -> Extracted:
+def extract(extractor, images: Iterable[Tensor], n: int, *, progress: bool = True) -> Extracted:
     """Features of n images in batches, each rounded to uint8 values first, whatever the extractor.
 
     Raises:
         ValueError: what it gives are not features ``[n, d]``.
     """
-    features, logits = [], []
-    with tqdm(total=n, desc=f"{describe(extractor)['name']} features", unit="image", disable=None) as bar:
+    features, logits, what = [], [], f"{describe(extractor)['name']} features"
+    with tqdm(total=n, desc=what, unit="image", disable=None if progress else True) as bar:
         for batch in images:
             out = extractor(quantise(batch))
             f, z = out if isinstance(out, tuple) else (out, None)
@@ -105,4 +139,4 @@ def features_of(extractor, data: Data, kept: Kept) -> Extracted:
         found = extract(extractor, batches(data), len(data))
         return {"features": found.features} | ({} if found.logits is None else {"logits": found.logits})
 
-    return Extracted(**{name: part.to(data.values.device) for name, part in kept("features", compute).items()})
+    return Extracted(**{name: part.to(data.device) for name, part in kept("features", compute).items()})

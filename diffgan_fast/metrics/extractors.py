@@ -217,18 +217,18 @@ def _packaged_effl0() -> Path:
 
 
 def _effl0_for(data: Data) -> EffL0:
-    return EffL0(64 if max(data.shape[1:]) <= 64 else 224, device=data.values.device)
+    return EffL0(64 if max(data.shape[1:]) <= 64 else 224, device=data.device)
 
 
 _EXTRACTORS = {
     "domain": ("a small classifier of the data at hand, trained once", DomainClassifier.for_data),
     "inception": (
         "InceptionV3 of FID; DIFFGAN_FAST_INCEPTION names its weights, else they are downloaded",
-        lambda data: Inception(device=data.values.device),
+        lambda data: Inception(device=data.device),
     ),
     "vgg16": (
         "VGG-16, for precision and recall; DIFFGAN_FAST_VGG16 names its weights, else they are downloaded",
-        lambda data: VGG(device=data.values.device),
+        lambda data: VGG(device=data.device),
     ),
     "effl0": ("EfficientNet-Lite0 on ImageNet, from a package; at 64 pixels, 224 for larger images", _effl0_for),
 }
@@ -237,6 +237,21 @@ _EXTRACTORS = {
 def extractors() -> dict[str, str]:
     """The extractors that :func:`evaluate` knows by name: name -> one line of help."""
     return {name: text for name, (text, _) in _EXTRACTORS.items()}
+
+
+def chosen_extractor(extractor, data: Data):
+    """The extractor that :func:`evaluate` was given for a data set: None is "domain", of points there is none.
+
+    Raises:
+        ValueError: it is neither a name nor a callable, or the data are points and it is not None.
+    """
+    if data.points and extractor is not None:
+        raise ValueError(f"extractor must be None: data {data.name!r} holds points, which are measured as they are")
+    if extractor is None or isinstance(extractor, str):
+        return None if data.points else find_extractor(extractor or "domain", data)
+    if not callable(extractor):
+        raise ValueError(f"extractor must be a name or a callable: images -> features [n, d], not {extractor!r}")
+    return extractor
 
 
 def find_extractor(name: str, data: Data):

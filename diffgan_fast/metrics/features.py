@@ -117,11 +117,11 @@ class DomainClassifier(nn.Module):
                 "(--extractor effl0; in training evaluate_on='effl0')"
             )
         if data.name == "digits" and data.shape == (1, 8, 8) and data.num_classes == 10:
-            return cls.load(DIGITS_WEIGHTS).to(data.values.device)
+            return cls.load(DIGITS_WEIGHTS).to(data.device)
         path = cache_dir() / "classifiers" / f"{data.fingerprint}-{RECIPE}.safetensors"
         if not path.exists():
             cls.train_on(data).save(path)
-        return cls.load(path).to(data.values.device)
+        return cls.load(path).to(data.device)
 
     @classmethod
     def train_on(cls, data: Data, held_out: Data | None = None) -> "DomainClassifier":
@@ -147,7 +147,7 @@ class DomainClassifier(nn.Module):
             held_out, order = data, order[len(tested) :]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(SEED)
-            net = cls(data.shape, data.num_classes).to(data.values.device)
+            net = cls(data.shape, data.num_classes).to(data.device)
         net._fit(data, order, generator)
         with torch.no_grad():
             guesses = torch.cat([net(held_out.batch(part))[1].argmax(1) for part in tested.split(500)])

@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
-from diffgan_fast import files, methods, metrics, nets
+from diffgan_fast import files, methods, nets
 from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
+from diffgan_fast.engine import distributed
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.reproduce.ddgan_page import write_page
 from diffgan_fast.reproduce.study import check
@@ -124,7 +125,8 @@ def reproduce_ddgan(
         "ddgan", points, Path(out) / "points" / points, preset="points", steps=point_steps, resume=True, sample_every=0,
         device=device, progress=progress,
     )  # fmt: skip
-    write_page(folder / "report.html", results, {name: CONFIGS[name].what for name in configs}, denoised)
+    what = {name: CONFIGS[name].what for name in configs}
+    distributed.from_main(lambda: write_page(folder / "report.html", results, what, denoised))
     return results
 
 
@@ -152,10 +154,10 @@ class _Study:
         run = train(arm.method, self.data, where, seed=seed, resume=True, **settings, **self.options)
         path = where / f"tradeoff-{name}.json"
         known = {"n": self.n, "step": run.state.step}
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = distributed.from_main(lambda: json.loads(path.read_text()) if path.exists() else {})
         if stored.items() & known.items() != known.items():
             stored = known | _measured(_sampled(run, arm.sampled), self.n, seed + 1)
-            files.write(path, json.dumps(stored, indent=1) + "\n")
+            distributed.from_main(lambda: files.write(path, json.dumps(stored, indent=1) + "\n"))
         return stored | {"seconds": run.seconds, "images": self.steps * BATCH, "path": run.path}
 
 
@@ -168,7 +170,12 @@ def _sampled(run: Run, options: dict[str, Any]) -> Run:
 
 def _measured(run: Run, n: int, seed: int) -> Outcome:
     """Scores of n samples; the seconds that TIMED of them take, the faster of two times; what the network does."""
-    scores = metrics.evaluate(run.sample(n, seed), run.reference(), metrics=SCORES, held_out=run.reference("test"))
+    scores = run.measure(n, seed, run.reference(), metrics=SCORES, held_out=run.reference("test"))
+    return scores | distributed.from_main(lambda: _cost(run, seed))
+
+
+def _cost(run: Run, seed: int) -> Outcome:
+    """What samples cost, of one process."""
     network = run.state.sampling_net(run.state.generating[0])
     seconds, calls = [], []
     hook = network.register_forward_hook(lambda _, given, out: calls.append([x[:1] for x in given]))
@@ -177,7 +184,7 @@ def _measured(run: Run, n: int, seed: int) -> Outcome:
         run.sample(TIMED, seed, first=i * TIMED)
         seconds.append(time.perf_counter() - started)
     hook.remove()
-    return scores | {
+    return {
         "sample_seconds": min(seconds),
         "nfe": len(calls) // 2,
         "macs": nets.macs(network, *calls[0]),

@@ -18,6 +18,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast import files, report
 from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
+from diffgan_fast.engine import distributed
 from diffgan_fast.report.html import block, page, paragraph, picture
 from diffgan_fast.reproduce.study import check, spread
 from diffgan_fast.run import Run
@@ -95,12 +96,12 @@ def reproduce_diffusion_gan(
         method, own_settings = CONFIGS[config]
         settings = NETWORKS[network] | own_settings | (noise if method == "diffusion-gan" else {}) | options
         run = train(method, data, folder / network / config / f"seed-{seed}", seed=seed, **settings)
-        scores = run.evaluated(n, seed=seed + 1)
+        scores = run.evaluated(n, seed=seed + 1, together=True)
         kept = {name: scores[name] for score in SCORES for name in (score, _real(score))}
         level = {"T": run.history[-1]["T"]} if method == "diffusion-gan" else {}
         results.setdefault((network, config), []).append(kept | {"seconds": run.seconds} | level)
         first.setdefault((network, config), run)
-    files.write(folder / "report.html", _page(results, first, data, n, kimg).encode())
+    distributed.from_main(lambda: files.write(folder / "report.html", _page(results, first, data, n, kimg).encode()))
     return results
 
 

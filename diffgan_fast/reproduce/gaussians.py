@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, report
 from diffgan_fast.api import train
+from diffgan_fast.engine import distributed
 from diffgan_fast.report.html import block, page, paragraph, picture
 from diffgan_fast.reproduce.study import check, spread
 from diffgan_fast.run import Run
@@ -89,10 +90,10 @@ def reproduce_gaussians(
         method, own = ARMS[arm]
         settings = COMMON | options | own | dict(resume=True, progress=progress)
         run = train(method, DATA, folder / arm.replace(", ", "-") / f"seed-{seed}", seed=seed, **settings)
-        scores = run.evaluated(n, seed=seed + 1)
+        scores = run.evaluated(n, seed=seed + 1, together=True)
         results[arm].append({name: scores[name] for name in SCORES} | {"seconds": run.seconds})
         runs[arm, seed] = run
-    files.write(folder / "report.html", _page(results, runs, n).encode())
+    distributed.from_main(lambda: files.write(folder / "report.html", _page(results, runs, n).encode()))
     return results
 
 

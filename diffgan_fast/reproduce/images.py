@@ -18,6 +18,7 @@ from diffgan_fast import data as data_sets
 from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
 from diffgan_fast.demo import BASE
+from diffgan_fast.engine import distributed
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.reproduce.images_page import write_page
 from diffgan_fast.reproduce.study import check
@@ -123,7 +124,7 @@ def reproduce_table1(
             outcome = study.configuration(name, seed)
             outcome |= study.equal_seconds(outcome, results["control"][seed], seed)
         results[name].append(outcome)
-    write_page(folder / "report.html", results, source, base, critic, n)
+    distributed.from_main(lambda: write_page(folder / "report.html", results, source, base, critic, n))
     return results
 
 
@@ -167,7 +168,7 @@ class _Study:
             settings["critic"] = self.critic
         where = self.folder / folder / f"seed-{seed}"
         run = train(method, self.data, where, seed=seed, base=self.base, **settings, **_known(method, self.options))
-        scores = run.evaluated(self.n, seed=seed + 1)
+        scores = run.evaluated(self.n, seed=seed + 1, together=True)
         seen = {"lr": run.method.config.lr, "steps": steps, "images": steps * settings["batch_size"]}
         return {key: scores[key] for key in SCORES} | seen | {"seconds": run.seconds, "path": run.path}
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffgan_fast import data as data_sets
 from diffgan_fast import files, report
 from diffgan_fast.api import train
+from diffgan_fast.engine import distributed
 from diffgan_fast.report.html import block, page, paragraph, picture
 from diffgan_fast.reproduce.study import check, spread
 from diffgan_fast.run import Run
@@ -148,11 +149,11 @@ def reproduce_2d(
         chosen = variant if c in PUBLISHED else "paper"  # ours have nothing to be coded as
         where = folder / d / c / f"seed-{seed}"
         run = train("gan-enhanced", d, where, preset=c, seed=seed, variant=chosen, **options)
-        scores = {"seconds": run.seconds, **run.evaluated(n, seed=seed + 1)}
+        scores = {"seconds": run.seconds, **run.evaluated(n, seed=seed + 1, together=True)}
         results.setdefault((c, d), []).append({key: scores[key] for key in (*MEASURED, "kl_floor")})
         if seed == 0:
             first[c, d] = run
-    files.write(folder / "report.html", _page(results, first, n, variant).encode())
+    distributed.from_main(lambda: files.write(folder / "report.html", _page(results, first, n, variant).encode()))
     return results
 
 

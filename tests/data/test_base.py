@@ -49,6 +49,19 @@ def test_sizes_and_classes():
     assert torch.equal(points.batch([4, 1]), points.values[[4, 1]])
 
 
+def test_batches_may_be_on_another_device():
+    """The meta device stands in for one."""
+    meta = torch.device("meta")
+    there = images(labels=torch.arange(20)).with_batches_on(meta)
+    for data in (there, there.subset(7)):
+        assert data.device == meta and data.values.device.type == "cpu"
+        assert data.batch([1, 2]).device == data.labels_of([1, 2]).device == meta
+        assert data.batch([1, 2]).shape == (2, 3, 2, 2) and data.batch([1, 2]).dtype == torch.float32
+    assert there.to("cpu").device.type == "cpu" and images().device.type == "cpu"
+    points = FloatData(torch.randn(5, 2)).with_batches_on(meta)
+    assert points.batch(slice(None)).device == points.subset(2).device == meta
+
+
 def test_subset_is_fixed_seeded_and_without_replacement():
     data = images(labels=torch.arange(20))
     first, again, other = data.subset(7), data.subset(7), data.subset(7, seed=1)

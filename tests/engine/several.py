@@ -6,13 +6,14 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
 import diffgan_fast as dgf
-from diffgan_fast import api, nets, report
+from diffgan_fast import api, files, nets, report
 from diffgan_fast.engine import FlatAdamW, State, batch_norm, distributed, together
 
 STEPS = 20
@@ -60,8 +61,9 @@ def train(method, folder, **options):
 
 
 def train_all(folder: Path, names=tuple(RUNS)):
-    base = folder / "ddpm"
-    given = {"method2": dict(base=base, critic=folder / "gan"), "discriminator-guidance": dict(base=base)}
+    base, fed = folder / "ddpm", dict(data_on="host" if distributed.size() > 1 else "device")  # it makes no difference
+    given = {"ddpm": fed, "gan": fed, "method2": dict(base=base, critic=folder / "gan")}
+    given |= {"discriminator-guidance": dict(base=base)}
     for name in names:
         train(name, folder / name, **RUNS[name], **given.get(name, {}))
     train("ddpm", folder / "half", model=net(), T=4, steps=6, precision="fp16")
@@ -134,6 +136,49 @@ def alone(run) -> dict:
     }
 
 
+def shared(run, n: int) -> dict:
+    """What all processes do with a run, and how much of it each: samples drawn, files written."""
+    drawn, written = [], []
+    sample, write = type(run.method).sample, files.write
+
+    def noting(self, state, n, key, **options):
+        drawn.append(n)
+        return sample(self, state, n, key, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.method), "sample", noting)
+        patch.setattr(files, "write", lambda path, content: (written.append(Path(path).name), write(path, content))[1])
+        some = run.sample(n, seed=3, first=2, batch=2, together=True)
+        mine = sum(drawn)
+        one = run.sample(1, seed=3, together=True)
+        scores = run.evaluate(n + 15, together=True)
+        assert run.evaluated(n + 15, together=True) == scores  # what is kept
+    return {"some": some.tolist(), "one": one.tolist(), "drawn": mine, "scores": scores, "written": written}
+
+
+def apart(run) -> dict[str, str]:
+    """What each process is told where they were not called alike, or one fails; and then they go on."""
+    rank, sample = dist.get_rank(), type(run.method).sample
+
+    def failing(self, state, n, key, **options):
+        if rank == 1:
+            raise OSError("a fault of process 1")
+        return sample(self, state, n, key, **options)
+
+    found = {"unlike": message(lambda: run.sample(2, seed=rank, together=True))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.method), "sample", failing)
+        found |= {
+            "one fails": message(lambda: run.sample(4, together=True)),
+            "one fails while it measures": message(lambda: run.evaluate(20, together=True)),
+        }
+        patch.setattr(type(run.method), "sample", lambda *a, **k: torch.full((a[2], 1, 8, 8), float("nan")))
+        found["not finite"] = message(lambda: run.evaluate(20, together=True))
+    if rank == 1:
+        found["alone"] = message(lambda: run.sample(3))
+    return found
+
+
 LAYERS = {
     "usual": lambda: nn.BatchNorm2d(3),
     "cumulative": lambda: nn.BatchNorm1d(3, momentum=None, eps=0.1),
@@ -197,13 +242,15 @@ def main(what: str, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     if what == "all":
         run = train_all(folder)
-        found = {**misuse(folder), "second order": second_order()}
+        found = {**misuse(folder), "second order": second_order(), **apart(run)}
+        found |= {name: shared(dgf.load(folder / name), 5) for name in ("ddpm", "gan-enhanced")}
+        found["rows"] = dgf.compare(["gan"], out=folder / "compare", n=20, **COMMON, **RUNS["gan"])
         save_file(layers(rank, size), folder / f"layers-{rank}.safetensors")
         if rank == 0:
             found |= alone(run)
     else:
-        train_all(folder, ("gan",))
-        found = {"groups": message(grouped)}
+        train_all(folder, ("ddpm", "gan", "discriminator-guidance"))
+        found = {"groups": message(grouped), "ddpm": shared(dgf.load(folder / "ddpm"), 6)}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import diffgan_fast as dgf
-from diffgan_fast.engine import checkpoint
+from diffgan_fast.engine import checkpoint, distributed
 from tests.engine import several
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def test_two_processes_learn_what_one_does(run, folders):
     assert (folders[0][2] / run / "report.html").exists()
 
 
-@pytest.mark.parametrize("run", ["gan", "own"])
+@pytest.mark.parametrize("run", ["ddpm", "gan", "own", "discriminator-guidance"])
 def test_four_processes_learn_what_one_does(run, folders):
     weights, losses = difference(folders[0][1] / run, folders[0][4] / run)
     assert weights < 1e-5 and losses < 1e-5
@@ -97,11 +98,77 @@ def test_a_run_in_float16_is_shared(size, folders):
     assert scalers[0] == scalers[1] and scalers[0]["denoiser"]["scale"] > 0
 
 
-def test_scores_in_training_are_those_of_one_process(folders):
-    mine, theirs = (checkpoint.read_rows(folders[0][n] / "ddpm" / "metrics.jsonl")[-1]["evaluation"] for n in (1, 2))
+@pytest.mark.parametrize("size", [2, 4])
+def test_scores_in_training_are_those_of_one_process(size, folders):
+    """Of 10 samples, of which four processes have unequal parts."""
+    rows = (checkpoint.read_rows(folders[0][n] / "ddpm" / "metrics.jsonl")[-1] for n in (1, size))
+    mine, theirs = (row["evaluation"] for row in rows)
     assert all(mine.pop(key) == theirs.pop(key) for key in ("labels", "extractor"))
     assert mine == pytest.approx(theirs, rel=1e-3)
-    assert checkpoint.best(folders[0][2] / "ddpm")["step"] == 20
+    assert checkpoint.best(folders[0][size] / "ddpm")["step"] == 20
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_samples_that_a_guiding_critic_learns_from_are_those_of_one_process(size, folders):
+    """Five: neither number of processes divides them."""
+    path = "discriminator-guidance/fakes.safetensors"
+    mine, theirs = (load_file(folders[0][n] / path)["samples"] for n in (1, size))
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "name", "n"), [(2, "ddpm", 5), (2, "gan-enhanced", 5), (4, "ddpm", 6)])
+def test_samples_and_scores_of_all_processes_are_those_of_one(size, name, n, folders):
+    """The same weights, sampled and measured in this process alone."""
+    told = [found[name] for found in folders[1][size]]
+    run = dgf.load(folders[0][size] / name)
+    for found in told:
+        torch.testing.assert_close(torch.tensor(found["some"]), run.sample(n, seed=3, first=2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(found["one"]), run.sample(1, seed=3), rtol=0, atol=1e-5)
+        assert found["scores"] == told[0]["scores"]
+    assert [found["drawn"] for found in told] == {(2, 5): [3, 2], (4, 6): [2, 1, 2, 1]}[size, n]
+    assert "evaluation.json" in told[0]["written"] and all(found["written"] == [] for found in told[1:])
+    mine, theirs = run.evaluate(n + 15), told[0]["scores"]
+    numbers = [k for k, v in mine.items() if isinstance(v, float) and k != "sample_seconds"]
+    assert len(numbers) >= 3 and {k: theirs[k] for k in numbers} == pytest.approx(
+        {k: mine[k] for k in numbers}, rel=1e-3
+    )
+    assert mine["spread"] == pytest.approx(theirs["spread"], rel=1e-2)
+    assert all(mine[k] == theirs[k] for k in ("n", "reference_n", "floor_n", "labels", "warnings", "sampling", "step"))
+
+
+def test_processes_that_are_not_called_alike_or_fail_say_so_and_go_on(folders):
+    for told in folders[1][2]:
+        assert told["unlike"] == "ValueError: the processes of a run must be called alike; they differ in seed"
+        assert told["one fails"] == told["one fails while it measures"] == "OSError: a fault of process 1"
+        assert told["not finite"] == "NotFinite: samples must be finite; they hold NaN or infinity"
+    assert folders[1][2][1]["alone"] == "no error"
+
+
+def test_a_comparison_is_the_same_in_every_process(folders):
+    rows = [told["rows"] for told in folders[1][2]]
+    assert rows[0] == rows[1] and rows[0][0]["n"] == 20 and (folders[0][2] / "compare" / "report.html").exists()
+
+
+def test_sharing_needs_the_other_processes(tmp_path, monkeypatch):
+    """Torchrun has started several, which nothing has brought together: each would draw all samples."""
+    run = several.train("ddpm", tmp_path / "run", width=8, T=2, steps=1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="together must be False until dgf.train or init_process_group"):
+        run.sample(2, together=True)
+    assert len(run.sample(2)) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_parts_make_up_all_samples_and_are_about_equal(n, size, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(range(n)[distributed.part(n)])
+    assert [i for part in parts for i in part] == list(range(n)) and parts[0]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize("name", several.LAYERS)
@@ -171,6 +238,10 @@ def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_its_checkpoint(
     on = torchrun("-m", "diffgan_fast", "train", "ddpm", "--out", out, "--resume", *settings)
     assert on.returncode == 0, on.stderr
     assert on.stdout.count("16 steps in") == 1 and checkpoint.steps(out) == [12, 16]
+    drawn = torchrun("-m", "--", "diffgan_fast", "sample", out, "--n", 3, "--out", tmp_path / "some.npz")
+    assert drawn.returncode == 0 and drawn.stdout.count("some.npz") == 1, drawn.stderr
+    want = dgf.data.to_uint8(dgf.load(out).sample(3)).permute(0, 2, 3, 1).int()
+    assert (torch.from_numpy(np.load(tmp_path / "some.npz")["samples"]).int() - want).abs().max() <= 1
     run = several.train("ddpm", out, width=8, T=4, steps=20, resume=True)
     whole = several.train("ddpm", tmp_path / "whole", width=8, T=4)
     assert [row["step"] for row in run.history] == [*range(1, 13), 16, 20]

@@ -1,8 +1,10 @@
 """The engine through its public face: a tiny network on the embedded digits."""
 
+import contextlib
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import diffgan_fast as dgf
 from diffgan_fast.engine import checkpoint
+from diffgan_fast.engine.feed import Order
 
 TINY = dict(batch_size=16, T=10, log_every=2, sample_every=0, checkpoint_every=0, progress=False)
 
@@ -85,6 +88,70 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path):
     drop = ("seconds", "gpu")
     rows = [[{k: v for k, v in row.items() if k not in drop} for row in run.history] for run in (whole, cut)]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_data_on_the_host_train_the_same_run(conditional, tmp_path):
+    """In one go, and with a stop after which the data lie elsewhere: bit for bit what data on the device train."""
+    options = dict(flip=True, steps=8, conditional=conditional)
+    options |= dict(model=None, width=8, lr_schedule="cosine", label_dropout=0.3) if conditional else {}
+    torch.manual_seed(1)
+    whole = train("ddpm", tmp_path / "device", data_on="device", **options)
+    torch.manual_seed(1)
+    assert same(whole, train("ddpm", tmp_path / "host", data_on="host", **options))
+
+    def stop(run, row):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train("ddpm", tmp_path / "cut", data_on="host", callbacks=[stop], **options)
+    assert same(whole, train("ddpm", tmp_path / "cut", data_on="device", resume=True, **options))
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train("ddpm", tmp_path / "again", data_on="device", callbacks=[stop], **options)
+    assert same(whole, train("ddpm", tmp_path / "again", data_on="host", resume=True, **options))
+    scores = [dgf.load(tmp_path / where, model=None if conditional else Net()).evaluate(20, metrics=["kid"])["kid"]
+              for where in ("device", "host")]  # fmt: skip
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("end", ["complete", "interrupted", "a loss", "a step", "a gather"])
+def test_no_thread_outlives_a_run(end, tmp_path, monkeypatch):
+    """However it ends; and what fails in the thread ends the run with its own message."""
+
+    def interrupt(run, row):
+        if row["step"] < 10 and end != "a gather":  # some steps before the end it has gathered all
+            assert any(thread.name == "batches" for thread in threading.enumerate())
+        if end == "interrupted":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Bad(Net):
+        def forward(self, x, t):
+            if end == "a step":
+                raise ArithmeticError("a fault of the network")
+            return super().forward(x, t) * (float("nan") if end == "a loss" else 1.0)
+
+    if end == "a gather":
+        batch = Order.batch
+
+        def failing(self, step):
+            if step == 3 and threading.current_thread().name == "batches":
+                raise OSError("a fault of the disk")
+            return batch(self, step)
+
+        monkeypatch.setattr(Order, "batch", failing)
+    raised = {
+        "interrupted": (KeyboardInterrupt, None),
+        "a loss": (dgf.TrainingError, "not finite"),
+        "a step": (ArithmeticError, "a fault of the network"),
+        "a gather": (OSError, "a fault of the disk"),
+    }
+    kind, text = raised.get(end, (None, None))
+    with pytest.raises(kind, match=text) if kind else contextlib.nullcontext():
+        train("ddpm", tmp_path, steps=16, model=Bad(), data_on="host", callbacks=[interrupt])
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
 
 
 def test_a_run_can_be_made_longer(tmp_path):
