@@ -49,6 +49,7 @@ Sampler = Annotated[str | None, typer.Option(help="ddpm or ddim [default: the ru
 Steps = Annotated[int | None, typer.Option(help="sampling steps [default: the run's]")]
 Eta = Annotated[float | None, typer.Option(help="noise of ddim [default: the run's]")]
 GuidanceScale = Annotated[float | None, typer.Option(help="classifier-free guidance [default: the run's]")]
+Precise = Annotated[str | None, typer.Option("--precision", help="fp32, tf32, bf16 or fp16 networks [default: fp32]")]
 Together = Annotated[int | None, typer.Option("--batch", help="samples drawn at a time [default: 500, points 10,000]")]
 LogitScale = Annotated[float | None, typer.Option(help="weight of a guiding critic [default: the run's]")]
 
@@ -147,11 +148,12 @@ def sample(
     guidance_scale: GuidanceScale = None,
     logit_scale: LogitScale = None,
     batch: Together = None,
+    precision: Precise = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a run."""
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
-    how |= _told(batch=batch)
+    how |= _told(batch=batch, precision=precision)
     out = out or run / "samples" / f"seed-{seed}.png"
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {out}")
@@ -199,11 +201,12 @@ def evaluate(
     guidance_scale: GuidanceScale = None,
     logit_scale: LogitScale = None,
     batch: Together = None,
+    precision: Precise = None,
     device: Device = "auto",
 ) -> None:
     """Measure a run's samples, or samples made by anything else, against a data set."""
     how = _told(sampler=sampler, steps=steps, eta=eta, guidance_scale=guidance_scale, logit_scale=logit_scale)
-    how |= _told(batch=batch)
+    how |= _told(batch=batch, precision=precision)
     names = [name.strip() for given in metrics or () for name in given.split(",")] or None
     if n is not None and n < 2:
         raise ValueError(f"n must be at least 2, got {n}")

@@ -21,6 +21,8 @@ from diffgan_fast import files, random
 from diffgan_fast import metrics as measures
 from diffgan_fast.engine import Method, State, checkpoint, distributed, out_of_memory
 from diffgan_fast.engine.memory import placed
+from diffgan_fast.engine.precision import Precision, reduced
+from diffgan_fast.engine.precision import check as check_precision
 from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.metrics.extraction import Seen, describe, see
@@ -114,6 +116,7 @@ class Run:
         ema: bool = True,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
+        precision: Precision = "fp32",
         progress: bool = False,
         together: bool = False,
         **how: Any,
@@ -125,6 +128,7 @@ class Run:
             ema: from the averaged weights, if the run has them.
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
             batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
+            precision: what the networks compute in; see docs/runs.md. The samples' own arithmetic is float32.
             progress: show a progress bar, on a terminal.
             together: every process of a run calls this alike; each draws its part, and all return all samples. Else
                 this process draws all of them, without the others.
@@ -135,7 +139,8 @@ class Run:
         Raises: ValueError for arguments out of range; torch.OutOfMemoryError, which tells what to do.
         """
         with distributed.acting(together):
-            draw = self._drawing(n, seed, first, ema=ema, labels=labels, batch=batch, progress=progress, **how)
+            options: dict[str, Any] = dict(ema=ema, labels=labels, batch=batch, precision=precision, progress=progress)
+            draw = self._drawing(n, seed, first, **options, **how)
             parts = distributed.gather(draw, everywhere=True)
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -148,6 +153,7 @@ class Run:
         ema: bool = True,
         labels: int | Sequence[int] | torch.Tensor | None = None,
         batch: int | None = None,
+        precision: Precision = "fp32",
         progress: bool = False,
         **how: Any,
     ) -> Callable[[], torch.Tensor]:
@@ -156,6 +162,8 @@ class Run:
             raise ValueError(f"n must be at least 1, got {n}")
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        device = next(p for net in self.state.nets.values() for p in net.parameters()).device
+        check_precision(precision, device)
         if unknown := how.keys() - set(self.method.sampling_options):
             known = ", ".join(self.method.sampling_options) or "none"
             wrong = ", ".join(sorted(unknown))
@@ -169,7 +177,7 @@ class Run:
                 raise ValueError(f"labels must be one int or {n} ints in 0..{top}, got {labels.tolist()}")
             labels = labels.expand(n)
         asked = dict(n=n, seed=seed, first=first, ema=ema, labels=labels if labels is None else labels.tolist(), **how)
-        distributed.check_same({**asked, "step": self.state.step})
+        distributed.check_same({**asked, "precision": precision, "step": self.state.step})
         batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
         key, mine = random.fold_in(random.key(seed), "sample"), distributed.part(n)
         shown = progress and distributed.is_main()
@@ -182,7 +190,8 @@ class Run:
                     given = None if labels is None else labels[i:end]
                     options: dict[str, Any] = dict(first=first + i, ema=ema, labels=given, **how)
                     try:
-                        parts.append(self.method.sample(self.state, end - i, key, **options).cpu())
+                        with reduced(precision, device):
+                            parts.append(self.method.sample(self.state, end - i, key, **options).cpu())
                     except RuntimeError as error:
                         if not out_of_memory(error):
                             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,7 +13,9 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(precision: Precision, device: torch.device) -> None:
-    """ValueError for a precision that a device does not have."""
+    """ValueError for a precision that there is not, or that a device does not have."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision must be fp32, bf16 or fp16 on {device.type!r}; got 'tf32', which is CUDA's")
 

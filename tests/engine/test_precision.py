@@ -158,3 +158,18 @@ def test_a_precision_that_the_device_lacks_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             dgf.train("ddpm", "digits", tmp_path / "r", precision=value, **OPTIONS)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("method, options", [("ddpm", dict(T=4, schedule="cosine")), ("ddgan", dict(T=2))])
+def test_samples_in_bfloat16(method, options, tmp_path):
+    """Networks compute in it, the samples are float32 and near those of float32 networks."""
+    trained = dgf.train(method, "digits", tmp_path / "run", steps=2, batch_size=8, width=8, progress=False, **options)
+    with Products() as products:
+        got = trained.sample(3, seed=5, precision="bf16")
+    assert set(products.types) == {torch.bfloat16} and got.dtype == torch.float32
+    exact = trained.sample(3, seed=5)
+    assert torch.equal(exact, trained.sample(3, seed=5, precision="fp32")) and not torch.equal(got, exact)
+    assert (got - exact).abs().max() < 0.1
+    for bad in ("tf32", "int8"):
+        with pytest.raises(ValueError, match="precision must be"):
+            trained.sample(3, precision=bad)
