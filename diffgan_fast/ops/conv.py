@@ -2,8 +2,8 @@
 
 Those of 3x3, stride 1 and padding 1 run by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): a quarter of
 the multiplications, about half of oneDNN's time, forward and in both gradients. Rounding errors are about twice those
-of the definition in float32, a few 1e-7 of the largest output. Of the others the weights' gradient is ours on processors
-with AVX2 alone, where oneDNN's runs at about half the speed of its other convolutions. All else is torch's.
+of the definition in float32, a few 1e-7 of the largest output. Of the others the weights' gradient is ours on
+processors with AVX2 alone, where oneDNN's runs at about half the speed of its other convolutions. All else is torch's.
 """
 
 from __future__ import annotations
