@@ -3,8 +3,9 @@
 Reference, from the facts of the published code: a randn for every noise and a table look-up for every coefficient; the
 real path is walked twice (its graph is kept on every step, for the R1 penalty of every 15th); the critic's loss goes
 back through the generator, whose gradients are then thrown away; plain Adam; the average stacks all parameters of equal
-shape on every step. Ours is `dgf.methods`' own step, as `dgf.train` runs it. Both eager, same networks, initial weights
-and batch; before timing, the losses of an iteration with R1 are checked against the same draws in float64.
+shape on every step. Ours is `dgf.methods`' own step, as `dgf.train` runs it with `cuda_graphs=False`. All arms are
+eager: what graphs save is measured by `steps`, which runs ours in them on CUDA. Same networks, initial weights and
+batch; before timing, the losses of an iteration with R1 are checked against the same draws in float64.
 
 `predicted` is the ratio of the operations of convolutions and products of matrices, counted in each arm's passes: of an
 iteration, the 15th with R1; of sampling, of all calls. `macs` are multiply-accumulates on one sample: of an iteration,
@@ -129,7 +130,7 @@ class Ours:
     def __init__(self, generator: nn.Module, critic: nn.Module, shape: tuple[int, ...]):
         kind = dgf.methods.find("ddgan")
         config = kind.Config(T=T, steps=10**6, lr=LR, critic_lr=CRITIC_LR, r1_gamma=GAMMA, lazy_reg=LAZY, ema=DECAY,
-                             z_dim=Z)  # fmt: skip
+                             z_dim=Z, cuda_graphs=False)  # fmt: skip
         self.method = kind(config, shape)
         nets = {"generator": copy.deepcopy(generator).train(), "critic": copy.deepcopy(critic).train()}
         nets = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
@@ -224,6 +225,16 @@ def training_rows(options: Options, size: int, channels: int, batch: int, rounds
     return rows
 
 
+@torch.no_grad()
+def walk(unet: nn.Module, shape: tuple[int, ...], schedule: dgf.Schedule, key: int, device: torch.device) -> Tensor:
+    """What `dgf.sample` gives, by eager steps: so many steps it would run as CUDA graphs, and the DDGAN's few not."""
+    reverse = dgf.sampling.Reverse(schedule=schedule)
+    x = dgf.sampling.first_noise(shape, key, device=device).contiguous(memory_format=torch.channels_last)
+    for t in range(schedule.T, 0, -1):
+        x = reverse.step(unet, x, t, dgf.random.fold_in(key, t))
+    return x
+
+
 def sampling_rows(options: Options, size: int, channels: int, batch: int) -> list[dict]:
     """A batch of samples of DDGAN and of DDPM, untrained, whose calls take as many operations, within 10 %."""
     device, shape = torch.device(options.device), (channels, size, size)
@@ -232,11 +243,11 @@ def sampling_rows(options: Options, size: int, channels: int, batch: int) -> lis
     unet = UNet.preset(size, channels, width=width)
     generator = dgf.nets.DDGANGenerator(channels, size, T=T, z_dim=Z)
     unet, generator = (net.to(device, memory_format=torch.channels_last).eval() for net in (unet, generator))
-    common = dict(channels_last=True, device=device)
     dense, sparse, count = dgf.Schedule.linear_scaled(steps), dgf.Schedule.vp(T), 0
+    few = dict(z_dim=Z, channels_last=True, device=device)
     calls = {
-        "ddpm": lambda key: dgf.sample(unet, (batch, *shape), dense, key, **common),
-        "ddgan": lambda key: dgf.sampling.sample_posterior(generator, (batch, *shape), sparse, key, z_dim=Z, **common),
+        "ddpm": lambda key: walk(unet, (batch, *shape), dense, key, device),
+        "ddgan": lambda key: dgf.sampling.sample_posterior(generator, (batch, *shape), sparse, key, **few),
     }
     cost = dict(zip(calls, ((unet_macs, steps), (generator_macs, T)), strict=True))
     alike = abs(unet_macs / generator_macs - 1) <= 0.1

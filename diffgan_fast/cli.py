@@ -51,6 +51,15 @@ Eta = Annotated[float | None, typer.Option(help="noise of ddim [default: the run
 GuidanceScale = Annotated[float | None, typer.Option(help="classifier-free guidance [default: the run's]")]
 Precise = Annotated[str | None, typer.Option("--precision", help="fp32, tf32, bf16 or fp16 networks [default: fp32]")]
 Together = Annotated[int | None, typer.Option("--batch", help="samples drawn at a time [default: 500, points 10,000]")]
+Subset = Annotated[int | None, typer.Option(help="train on so many images, a fixed choice")]
+Pictures = Annotated[
+    str | None,
+    typer.Option(
+        help="data set of images by name; digits is the quick one, mnist takes hours on a CPU [default: mnist if its "
+        "files are found on this machine, else digits]",
+        metavar="NAME",
+    ),
+]
 LogitScale = Annotated[float | None, typer.Option(help="weight of a guiding critic [default: the run's]")]
 
 
@@ -383,21 +392,21 @@ def reproduce_table1(
 @reproduce_app.command(name="ddgan")
 def reproduce_ddgan(
     out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-ddgan"),
-    data: Annotated[
-        str, typer.Option(help="data set of images by name; mnist as in the slides", metavar="NAME")
-    ] = "digits",
+    data: Pictures = None,
     config: Annotated[list[str] | None, typer.Option(help="configuration, may be given often [default: all]")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
     n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
     images: Annotated[int, typer.Option(help="images that each model is trained on")] = 128_000,
     points: Annotated[str, typer.Option(help="data set of points of the picture of a denoising step")] = "ring",
     width: Annotated[int | None, typer.Option(help="channels of the DDGAN's generator [default: its preset's]")] = None,
+    subset: Subset = None,
     device: Device = "auto",
 ) -> None:
     """Set quality against sampling time: DDGAN with few steps, DDPM and DDIM with many, GANs with one; ablations."""
     from diffgan_fast import reproduce
 
-    options: dict[str, Any] = dict(seeds=seeds, n=n, images=images, points=points, width=width, device=device)
+    options: dict[str, Any] = dict(seeds=seeds, n=n, images=images, points=points, width=width, subset=subset)
+    data, options["device"] = _pictures(data), device
     with _resumable():
         results = reproduce.reproduce_ddgan(out, data=data, configs=config or None, **options)
     _tell(report.table(*reproduce.tradeoff_table(results)))
@@ -422,7 +431,7 @@ def reproduce_toy(
 @reproduce_app.command(name="gaussians")
 def reproduce_gaussians(
     out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-gaussians"),
-    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 5,
     steps: Annotated[int | None, typer.Option(help="training steps [default: the study's]")] = None,
     device: Device = "auto",
 ) -> None:
@@ -439,7 +448,7 @@ def reproduce_gaussians(
 @reproduce_app.command(name="diffusion-gan")
 def reproduce_diffusion_gan(
     out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-diffusion-gan"),
-    data: Annotated[str, typer.Option(help="data set of images by name", metavar="NAME")] = "digits",
+    data: Pictures = None,
     network: Annotated[
         list[str] | None, typer.Option(help="dcgan or sngan, may be given often [default: both]")
     ] = None,
@@ -447,20 +456,31 @@ def reproduce_diffusion_gan(
     seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
     n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
     kimg: Annotated[float, typer.Option(help="thousands of images that each is trained on")] = 128.0,
-    subset: Annotated[int | None, typer.Option(help="train on so many images, a fixed choice")] = None,
+    subset: Subset = None,
     device: Device = "auto",
 ) -> None:
     """Train GANs of images with and without diffusion, in the paper's configurations, and compare them."""
     from diffgan_fast import reproduce
 
     given: dict[str, Any] = {"networks": network, "configs": config, "subset": subset}
-    options = {name: value for name, value in given.items() if value}
+    options, data = {name: value for name, value in given.items() if value}, _pictures(data)
     with _resumable():
         results = reproduce.reproduce_diffusion_gan(
             out, data=data, seeds=seeds, n=n, kimg=kimg, device=device, **options
         )
     _tell(report.table(*reproduce.diffusion_gan_table(results)))
     _tell(f"report: {out / data / 'report.html'}")
+
+
+def _pictures(data: str | None) -> str:
+    """The data set of a study of images. If it was not named, says which it is, and why."""
+    from diffgan_fast import reproduce
+
+    chosen = reproduce.pictures(data)
+    if data is None:
+        why = {"mnist": "its files are on this machine; --data digits is quicker", "digits": "no files of MNIST here"}
+        _tell(f"data: {chosen} ({why[chosen]})")
+    return chosen
 
 
 @contextmanager

@@ -175,7 +175,10 @@ def largest_batch(
     room = SHARE * (free_memory(device) - taken) - (low - 4 * each)
     if room < each:
         raise TrainingError(f"not even one sample fits into the free memory of {device}")
-    return max(1, min(most, int(room / each)))
+    fitting = max(1, min(most, int(room / each)))
+    layers = (layer for net in method.networks(networks()).values() for layer in net.modules())
+    group = max(getattr(layer, "sample_group", 1) for layer in layers)  # samples that a critic compares
+    return fitting if fitting < group else fitting - fitting % group
 
 
 def _too_large(n: int, device: torch.device) -> TrainingError:

@@ -116,13 +116,25 @@ def test_the_list_of_levels_has_its_zeros_and_its_law(mixing, variant):
     assert stats.chisquare(counts[1:][some], expected[some]).pvalue > 1e-3
 
 
-def test_t_is_drawn_from_the_list_and_pairs_with_it():
+def test_t_is_drawn_from_the_list():
     d = fixed(10)
     _, t = d(torch.zeros(20_000, 1))
     shares = np.bincount(d.slots, minlength=11) / 64
     counts = np.bincount(t, minlength=11)
     assert (counts[shares == 0] == 0).all()
     assert stats.chisquare(counts[shares > 0], shares[shares > 0] * 20_000).pvalue > 1e-3
+
+
+def test_the_t_of_real_samples_pairs_them_with_the_fake_ones():
+    """Without noise y is sqrt(abar_t) x: of each pair by one t, which is the t that is told."""
+    d, real = fixed(50, sigma=0.0), torch.ones(300, 2, dtype=torch.float64)
+    y, t = d(real)
+    y_fake, told = d(2 * real, t)
+    assert torch.equal(told, t) and len(t.unique()) > 20
+    want = torch.tensor([[math.sqrt(abar(50, k))] for k in t.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(y, want * real, rtol=1e-12, atol=0)
+    torch.testing.assert_close(y_fake, 2 * want * real, rtol=1e-12, atol=0)
+    assert not torch.equal(d(2 * real)[1], t)  # of their own
 
 
 def test_features_as_coded_noise_more_slots_as_p_grows():
@@ -201,6 +213,76 @@ def test_a_stored_state_goes_on_bit_for_bit():
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
 
 
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "float", "double"])
+def test_a_cast_leaves_the_state_as_it_is(cast):
+    """In bfloat16 p could not pass 1/4, since a quarter and a step of 0.0003 is again a quarter."""
+    model = torch.nn.ModuleDict({"critic": torch.nn.Linear(2, 1), "noise": dgf.AdaptiveDiffusion(ada_kimg=1.0)})
+    d = model["noise"]
+    follow(d, torch.ones(64), 1)
+    types, p = {name: v.dtype for name, v in d.state_dict().items()}, float(d.p)
+    getattr(model, cast)()
+    assert {name: v.dtype for name, v in d.state_dict().items()} == types and float(d.p) == p == 0.256
+    assert model["critic"].weight.dtype == getattr(torch, cast)
+    d.update(torch.ones(257, dtype=torch.bfloat16))  # a sum that bfloat16 does not hold
+    assert float(d.signs) == 257
+    follow(d, torch.ones(2), 3)
+    assert float(d.p) == pytest.approx(0.256 + (257 + 3 * 2) / 1000 + 2 * 8 / 1000, abs=1e-12)
+
+
+def test_it_moves_to_other_devices_with_and_without_float64():
+    d = dgf.AdaptiveDiffusion(ada_kimg=1.0)
+    follow(d, torch.ones(64), 1)
+    elsewhere = copy.deepcopy(d).to("meta", torch.float16)
+    assert {v.device.type for v in elsewhere.buffers()} == {"meta"} and elsewhere.p.dtype == torch.float64
+
+    def to_device_without_float64(state):
+        if state.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return state.clone()
+
+    narrow = copy.deepcopy(d)._apply(to_device_without_float64)
+    assert narrow.p.dtype == narrow.signs.dtype == torch.float32
+    assert follow(narrow, torch.ones(64), 2, at=(1, 2)) == follow(d, torch.ones(64), 2, at=(1, 2)) == [258, 385]
+
+
+def test_a_state_of_another_schedule_is_placed_in_ones_own():
+    t = torch.tensor([3])
+    rebuilt, kept = (dgf.AdaptiveDiffusion(schedule=kind) for kind in ("rebuild", "fixed"))
+    follow(rebuilt, torch.ones(64), 10)
+    stored = copy.deepcopy(rebuilt.state_dict())
+    kept.load_state_dict(stored)
+    assert int(kept.T) == 18 and float(kept.level(t)) == pytest.approx(math.sqrt(1 - abar(500, 3)), rel=1e-5)
+    rebuilt = dgf.AdaptiveDiffusion()
+    rebuilt.load_state_dict(kept.state_dict())
+    assert float(rebuilt.level(t)) == pytest.approx(math.sqrt(1 - abar(18, 3)), rel=1e-5)
+    narrow = torch.nn.ModuleDict({"noise": dgf.AdaptiveDiffusion(T_max=17)})
+    with pytest.raises(ValueError, match=r"T must be in T_min..T_max = 5..17; the state has 18"):
+        narrow.load_state_dict({f"noise.{name}": v for name, v in stored.items()})
+
+
+def test_a_state_that_did_not_count_lists_is_read():
+    d, other = dgf.AdaptiveDiffusion(), dgf.AdaptiveDiffusion()
+    d.update(torch.ones(7, 2))
+    older = d.state_dict() | {"_extra_state": d.get_extra_state()[:3]}
+    other.load_state_dict(older)
+    assert other.get_extra_state().tolist() == [1, 14, 7, 0]
+    follow(other, torch.ones(7), 1)
+
+
+def test_calls_do_not_change_the_lists():
+    x, lists = torch.zeros(4, 2), []
+    for calls in (0, 5):
+        d = dgf.AdaptiveDiffusion(T_min=400)
+        for _ in range(calls):
+            d(x)
+        lists.append([d.slots.clone()])
+        for _ in range(2):
+            follow(d, torch.ones(4), 1)
+            lists[-1].append(d.slots.clone())
+    assert all(torch.equal(a, b) for a, b in zip(*lists, strict=True))
+    assert not torch.equal(*lists[0][:2]) and not torch.equal(*lists[0][1:])
+
+
 def test_calls_without_a_key_differ():
     d, x = fixed(500), torch.zeros(64, 2)
     (y, t), (again, s) = d(x), d(x)
@@ -212,11 +294,19 @@ def _process(rank, port, results):
     d = dgf.AdaptiveDiffusion(ada_kimg=1.0, d_target=0.2)
     for _ in range(4):  # r_d is 1 in one process and -1/3 in the other: 0.2 < 5/12 over both
         d.update(torch.ones(5) if rank == 0 else torch.tensor([1.0, -1.0, -1.0]))
-    results[rank] = (float(d.p), d.slots.clone())
+    x = torch.zeros(200, 2)
+    if rank == 0:
+        d(x)  # a call more than the other process makes
+    first = d(x)
+    d.calls.fill_(7)
+    found = dict(p=float(d.p), slots=d.slots.clone(), t=d(x)[1], y=d(x, 3)[0], keyed=d(x, key=5)[0], first=first[1])
+    for _ in range(4):
+        d.update(torch.ones(5))
+    results[rank] = found | dict(later=d.slots.clone())
     torch.distributed.destroy_process_group()
 
 
-def test_processes_agree():
+def test_processes_agree_on_T_and_its_list_and_draw_by_themselves():
     import socket
 
     with socket.socket() as s:
@@ -225,8 +315,12 @@ def test_processes_agree():
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         multiprocessing.spawn(_process, (port, results), nprocs=2)
-        (p, slots), (q, others) = results[0], results[1]
-    assert p == q == pytest.approx(32 / 1000) and torch.equal(slots, others)
+        mine, other = results[0], results[1]
+    assert mine["p"] == other["p"] == pytest.approx(32 / 1000)
+    for agreed in ("slots", "later", "keyed"):
+        assert torch.equal(mine[agreed], other[agreed]), agreed
+    for own in ("t", "y", "first"):
+        assert not torch.equal(mine[own], other[own]), own
 
 
 def test_the_raw_op_takes_rows_of_ones_own():
@@ -251,12 +345,34 @@ def test_the_raw_op_takes_rows_of_ones_own():
     (dict(T_min=1, variant="as-coded", mixing="priority"), "T_min must be in 2..T_max = 1000, got 1"),
     (dict(T_min=501), "T_min must be in"),
     (dict(beta_T=1.0), r"beta_T must be in \(0, 1\), got 1.0"),
-    (dict(sigma=-1.0), "sigma must be at least 0, got -1.0"),
-    (dict(ada_kimg=0.0), "ada_kimg must be above 0, got 0.0"),
+    (dict(beta_1=float("nan")), r"beta_1 must be in \(0, 1\), got nan"),
+    (dict(T_min=5.5), "T_min must be an int, got 5.5"),
+    (dict(T_min="5"), "T_min must be an int, got '5'"),
+    (dict(T_min=True), "T_min must be an int, got True"),
+    (dict(T_max=100.5), "T_max must be an int, got 100.5"),
+    (dict(sigma=-1.0), "sigma must be finite and at least 0, got -1.0"),
+    (dict(sigma=float("inf")), "sigma must be finite and at least 0, got inf"),
+    (dict(d_target=float("nan")), r"d_target must be in \[-1, 1\], got nan"),
+    (dict(d_target=7), r"d_target must be in \[-1, 1\], got 7"),
+    (dict(threshold="a"), "threshold must be finite, got 'a'"),
+    (dict(ada_kimg=0.0), "ada_kimg must be finite and above 0, got 0.0"),
+    (dict(ada_kimg=float("inf")), "ada_kimg must be finite and above 0, got inf"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         dgf.AdaptiveDiffusion(**options)
+
+
+def test_what_no_call_can_take_is_named():
+    d = fixed(10)
+    for t in (True, 1.0):
+        with pytest.raises(ValueError, match=f"t must be an int or an int64 tensor, got {t}"):
+            d(torch.zeros(2, 2), t)
+    with pytest.raises(ValueError, match=r"x must be \[N, C, …\], since each channel has its own t; got \[5\]"):
+        fixed(10, per_channel=True)(torch.zeros(5))
+    for outputs, got in ((torch.tensor(1.0), "a scalar"), (0.5, "float")):
+        with pytest.raises(ValueError, match=rf"logits_real must be a tensor \[N, …\].*got {got}"):
+            d.update(outputs)
 
 
 def test_levels_beyond_T_are_refused():

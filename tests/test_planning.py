@@ -124,6 +124,13 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch):
         planning.largest_batch(method, dict, 0, CPU, 7)
 
 
+def test_the_largest_batch_has_whole_groups_of_what_the_critic_compares(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2**40)
+    kind = dgf.methods.find("ddgan")
+    method = kind(kind.Config(width=8, critic_network="8"), (1, 8, 8))
+    assert [planning.largest_batch(method, dict, 0, CPU, most) for most in (3, 7, 9)] == [3, 4, 8]
+
+
 def test_an_automatic_batch_size_is_kept_on_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
     options = dict(width=8, T=4, subset=16, progress=False, sample_every=0)

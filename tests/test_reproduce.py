@@ -365,7 +365,17 @@ def test_the_worst_seed_decides():
 @pytest.fixture(scope="module")
 def gan_study(tmp_path_factory):
     out = tmp_path_factory.mktemp("images")
-    study = dict(networks="dcgan", n=40, kimg=0.032, width=4, critic_width=4, batch_size=8, log_every=1, subset=300)
+    study = dict(
+        data="digits",
+        networks="dcgan",
+        n=40,
+        kimg=0.032,
+        width=4,
+        critic_width=4,
+        batch_size=8,
+        log_every=1,
+        subset=300,
+    )
     return out, study | {"progress": False}, reproduce.reproduce_diffusion_gan(out, seeds=2, **study, progress=False)
 
 
@@ -416,9 +426,10 @@ def test_the_commands_of_diffusion_gan(monkeypatch, capsys, tmp_path):
     study("reproduce_toy", [{"t": 200, "js": 0.5}])
     for arguments, expected in (
         ("gaussians --seeds 2 --steps 9 --device cpu", dict(seeds=2, steps=9, device="cpu")),
+        ("gaussians", dict(seeds=5, device="auto")),
         ("toy --n 50 --sigma 0.5 --seed 4", dict(n=50, sigma=0.5, seed=4)),
         (
-            "diffusion-gan --network dcgan --config gan --kimg 2 --subset 50 --device cpu",
+            "diffusion-gan --data digits --network dcgan --config gan --kimg 2 --subset 50 --device cpu",
             dict(
                 data="digits", networks=["dcgan"], configs=["gan"], seeds=3, n=2000, kimg=2.0, subset=50, device="cpu"
             ),

@@ -5,7 +5,8 @@ The true x_{t-1} given x_t of a large step has many modes, which no Gaussian fol
     (x_{t-1}, x_t)   neighbours of the forward process, from x_0
     x̂_{t-1}          ~ q(x_{t-1} | x_t, x_0 = G(x_t, t, z)), z ~ N(0, I)
     critic           softplus(-D(x_{t-1}, x_t, t)) + softplus(D(x̂_{t-1}, x_t, t)), and every `lazy_reg`-th step
-                     r1_gamma / 2 · |grad D|^2 in x_{t-1}: on average γ / lazy_reg, for the interval is no factor
+                     r1_gamma / 2 · |grad D|^2 in x_{t-1}: on average γ / lazy_reg, for the interval is no factor;
+                     `critic_updates` times, each with t, pair, z and posterior of its own from the same x_0
     generator        softplus(-D(x̂_{t-1}, x_t, t)), with another t, pair and z from the same x_0
 
 t is the noisier one's index, 1..T, here as everywhere; the authors' code counts by the cleaner one, 0..T - 1, and tells
@@ -17,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss, critic_loss, generator_loss
 from diffgan_fast.engine import Batch, FlatAdamW, Method, State, TrainConfig, evaluating, frozen, option
+from diffgan_fast.nets import ddgan, ddgan_critic
 from diffgan_fast.ops import add_noise, noise_pair, posterior_step, r1_penalty
 from diffgan_fast.sampling import Predicts, check_predicts, generated_step, sample_posterior
 from diffgan_fast.schedule import Schedule
@@ -94,7 +96,6 @@ def losses(
 # an epoch of the authors' is counted in images: 50,000 of CIFAR-10, 120,000 of LSUN Church, 30,000 of CelebA-HQ
 _AUTHORS: dict[str, Any] = dict(adam_beta1=0.5, adam_beta2=0.9, lr_schedule="cosine")
 _LARGE: dict[str, Any] = dict(_AUTHORS, network="256", critic_network="large", lazy_reg=10)
-_SMALL: dict[str, Any] = dict(_AUTHORS, r1_gamma=0.02, lazy_reg=15, ema=0.995)
 
 
 @dataclass(kw_only=True)
@@ -109,10 +110,13 @@ class DDGANConfig(TrainConfig):
         "celeba256": dict(
             _LARGE, steps=750_000, batch_size=32, lr=2e-4, critic_lr=1e-4, r1_gamma=2.0, ema=0.9999, T=2, flip=True
         ),
-        "mnist": dict(_SMALL, steps=20_000, batch_size=64, lr=2e-4, critic_lr=2e-4),
-        "points": dict(_SMALL, steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, z_dim=8),
+        "mnist": dict(critic_network="dcgan", steps=20_000),
+        "points": dict(
+            _AUTHORS, steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, r1_gamma=0.02, lazy_reg=15, ema=0.995,
+            z_dim=8,
+        ),
     }  # fmt: skip
-    batch_size: int = option(64, "samples a step; of images a multiple of 4", low=1)
+    batch_size: int = option(64, "samples a step; for the authors' critics at most 4, or a multiple of 4", low=1)
     lr: float = option(5e-4, "learning rate of the generator", low=0)
     lr_schedule: Literal["constant", "cosine", "exponential"] = option(
         "exponential", "learning rate of generator and critic over the run: cosine to 0, or exponential to a tenth"
@@ -132,12 +136,16 @@ class DDGANConfig(TrainConfig):
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
     )
+    critic_width: int | None = option(
+        None, "channels of the first layer of DCGAN's critic, 64, or width of the critic of points, 256", low=1
+    )
     critic_lr: float = option(1e-3, "learning rate of the critic", low=0)
+    critic_updates: int = option(1, "updates of the critic a step, each on new noise of the same samples", low=1)
     adam_beta1: float = option(0.0, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
     adam_beta2: float = option(0.99, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
     r1_gamma: float = option(0.1, "gamma of the R1 penalty, which has weight gamma / 2 (0: none)", low=0)
-    lazy_reg: int = option(4, "steps between R1 penalties, of which none is multiplied by it", unit="steps", low=1)
+    lazy_reg: int = option(4, "steps between those with R1 penalties, which it does not multiply", unit="steps", low=1)
 
 
 class DDGAN(Method):
@@ -154,24 +162,48 @@ class DDGAN(Method):
         return ("generator",)
 
     def networks(self, given):
-        c, width = self.config, {} if self.config.width is None else {"width": self.config.width}
-        if len(self.shape) == 1:
-            generator = partial(nets.DDGANPointGenerator, self.shape[0], c.width or 256)
-            critic = partial(nets.MLPCritic, self.shape[0], inputs=("x", "x_t", "t"))
-        elif self.shape[1] == self.shape[2]:
-            preset, judge = (None if name == "auto" else name for name in (c.network, c.critic_network))
-            bounded = c.predicts == "x0"
-            generator = partial(nets.DDGANGenerator, *self.shape[:2], preset=preset, bounded=bounded, **width)
-            critic = partial(nets.DDGANCritic, *self.shape[:2], preset=judge)
-            if judge == "dcgan" or (judge is None and self.shape[1] < 28):
-                inputs = ("x", "x_t", "t")
-                critic = partial(nets.DCGANCritic, *self.shape[:2], depth=2, norm=None, inputs=inputs)
-        else:
+        points = len(self.shape) == 1
+        if not points and self.shape[1] != self.shape[2]:
             raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
-        return {
-            "generator": given["generator"] if "generator" in given else generator(T=c.T, z_dim=c.z_dim),
-            "critic": given["critic"] if "critic" in given else critic(T=c.T),
+        made = {
+            "generator": given["generator"] if "generator" in given else self._generator(points),
+            "critic": given["critic"] if "critic" in given else self._critic(points),
         }
+        group, n = getattr(made["critic"], "sample_group", 1), self.config.batch_size
+        if n > group and n % group:
+            raise ValueError(
+                f"batch_size must be at most {group}, the group that the critic compares, or a multiple; got {n}"
+            )
+        return made
+
+    def _generator(self, points: bool) -> nn.Module:
+        c, told = self.config, dict[str, Any](T=self.config.T, z_dim=self.config.z_dim)
+        if points:
+            return nets.DDGANPointGenerator(self.shape[0], c.width or 256, **told)
+        if c.width is not None:
+            told["width"] = c.width
+        preset = self._preset("network", ddgan.fitting(self.shape[1]), ddgan.BY_SIZE)
+        return nets.DDGANGenerator(*self.shape[:2], preset=preset, bounded=c.predicts == "x0", **told)
+
+    def _critic(self, points: bool) -> nn.Module:
+        c, told = self.config, dict[str, Any](inputs=("x", "x_t", "t"), T=self.config.T)
+        if points:
+            return nets.MLPCritic(self.shape[0], c.critic_width or 256, **told)
+        if c.critic_network == "dcgan" or (c.critic_network == "auto" and self.shape[1] < 28):
+            return nets.DCGANCritic(*self.shape[:2], width=c.critic_width or 64, depth=2, norm=None, **told)
+        preset = self._preset("critic_network", ["dcgan", *ddgan_critic.fitting(self.shape[1])], ddgan_critic.BY_SIZE)
+        if c.critic_width is not None:
+            raise ValueError(f"critic_width must be None for the authors' critic {preset!r}, got {c.critic_width}")
+        return nets.DDGANCritic(*self.shape[:2], T=c.T, preset=preset)
+
+    def _preset(self, name: str, fitting: list[str], by_size: dict[int, str]) -> str:
+        """What option `name` says, or leaves to the images' size. ValueError if that is none of the fitting ones."""
+        size, chosen = self.shape[1], getattr(self.config, name)
+        preset = by_size.get(size, "auto") if chosen == "auto" else chosen
+        if preset not in fitting:
+            known = ", ".join(fitting) or "none"
+            raise ValueError(f"{name} must be one of {known} for images of {size} pixels; got {chosen!r}")
+        return preset
 
     def optimizers(self, nets):
         c = self.config
@@ -188,19 +220,20 @@ class DDGAN(Method):
 
     def step(self, state: State, batch: Batch, key: random.Key):
         c = self.config
-        loss, fooled = losses(
-            self.generate(state["generator"]),
-            state["critic"],
-            batch.x,
-            self.schedule,
-            key,
-            z_dim=c.z_dim,
-            predicts=c.predicts,
-            r1_gamma=c.r1_gamma if self.phase(state.step) else 0.0,
-            gan_loss=c.gan_loss,
-            first_sample=batch.first_sample,
-        )
-        state.update("critic", loss)
+        for i in range(c.critic_updates):
+            loss, fooled = losses(
+                self.generate(state["generator"]),
+                state["critic"],
+                batch.x,
+                self.schedule,
+                random.fold_in(key, i) if i else key,
+                z_dim=c.z_dim,
+                predicts=c.predicts,
+                r1_gamma=c.r1_gamma if self.phase(state.step) else 0.0,
+                gan_loss=c.gan_loss,
+                first_sample=batch.first_sample,
+            )
+            state.update("critic", loss)
         logged = {"critic_loss": loss, "generator_loss": fooled()}
         state.update("generator", logged["generator_loss"])
         return logged

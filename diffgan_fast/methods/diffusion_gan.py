@@ -100,12 +100,17 @@ class DiffusionGANConfig(GeneratorConfig):
     )
     sigma: float | None = option(None, "standard deviation of the noise at its largest", low=0)
     noise_schedule: Rebuilt = option("rebuild", "whether T steps always reach the last beta, or are the first of T_max")
-    d_target: float = option(0.6, "mean sign of the critic's logits of real samples above which T grows")
+    d_target: float = option(
+        0.6, "mean sign of the critic's outputs of real samples above which T grows", low=-1, high=1
+    )
+    threshold: float | None = option(
+        None, "above it an output counts as positive (none: 0.5 for lsgan, else 0; with wgan T adapts only by a number)"
+    )
     ada_kimg: float = option(100.0, "thousands of samples in which T can go through its whole range", low=1e-3)
     condition: Literal["auto", "none", "plane", "concat", "projection", "mapping"] = option(
         "auto",
         "how the critic is told the noise level: not, as a channel of its input, beside its features, by a projection "
-        "of them, or by a mapping network (auto: plane for points, else concat; as coded mapping)",
+        "of them, or by a mapping network (auto: plane for points, else concat; as coded mapping, for features none)",
     )
 
 
@@ -115,6 +120,7 @@ class DiffusionGAN(GeneratorMethod):
 
     def networks(self, given):
         c = self.config
+        usual = 0.5 if c.gan_loss == "lsgan" else 0.0  # the middle between what real and fake samples should get
         diffusion = AdaptiveDiffusion(
             c.noise,
             variant=c.variant,
@@ -124,20 +130,34 @@ class DiffusionGAN(GeneratorMethod):
             sigma=c.sigma,
             schedule=c.noise_schedule,
             d_target=c.d_target,
+            threshold=usual if c.threshold is None else c.threshold,
             ada_kimg=c.ada_kimg,
         )
+        if c.gan_loss == "wgan" and c.threshold is None and diffusion.T_min < diffusion.T_max:
+            raise ValueError(
+                "threshold must be a number for gan_loss='wgan', whose critic has no output between real and fake, "
+                "unless T_min is T_max; got None"
+            )
         return super().networks(given) | {"diffusion": diffusion}
 
     def make_critic(self):
         kind, as_coded = self.config.condition, self.config.variant == "as-coded"
+        by_channel = as_coded and self.config.noise == "feature"
         if kind == "auto":
-            kind = "mapping" if as_coded else "plane" if self.kind == "mlp" else "concat"
+            coded = "none" if by_channel else "mapping"
+            kind = coded if as_coded else "plane" if self.kind == "mlp" else "concat"
+        if by_channel and kind != "none":
+            raise ValueError(
+                f"condition must be auto or none where each channel has its own level, as with noise='feature' as "
+                f"coded; got {kind!r}"
+            )
         if kind in ("none", "plane"):
             return super().make_critic(("x",) if kind == "none" else ("x", "level"))
         plain = super().make_critic()
         features = nn.Sequential(*plain.main[:-1], nn.Flatten())
         spectral = self.kind == "sngan"
-        return nets.LevelCritic(features, plain.features, kind, as_coded=as_coded, spectral=spectral)
+        dim = 512 if as_coded else 128
+        return nets.LevelCritic(features, plain.features, kind, dim=dim, as_coded=as_coded, spectral=spectral)
 
     def step(self, state: State, batch: Batch, key: random.Key):
         generator, x0, first = state["generator"], batch.x, batch.first_sample

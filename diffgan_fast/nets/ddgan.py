@@ -1,6 +1,7 @@
 """The generator of Denoising Diffusion GANs (Xiao et al. 2022): an NCSN++ U-Net whose norms a latent drives."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,6 +50,16 @@ PRESETS = {
     "256": Shape(width=64, multipliers=(1, 1, 2, 2, 4, 4), attention=(16,)),
 }
 BY_SIZE = {8: "8", 28: "28", 32: "cifar10", 256: "256"}
+
+
+def fitting(size: int) -> list[str]:
+    """The presets whose levels fit images of `size` pixels."""
+    found = []
+    for name, shape in PRESETS.items():
+        with suppress(ValueError):
+            level_resolutions(size, shape.width, shape.multipliers, shape.blocks, shape.attention)
+            found.append(name)
+    return found
 
 
 class AdaptiveGroupNormSiLU(nn.Module):

@@ -43,6 +43,11 @@ PRESETS = {
 BY_SIZE = {8: "8", 28: "28", 32: "small", 256: "large"}
 
 
+def fitting(size: int) -> list[str]:
+    """The presets whose halvings leave something of images of `size` pixels."""
+    return [name for name, shape in PRESETS.items() if size >= 2**shape.halvings]
+
+
 def leaky(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 

@@ -7,6 +7,7 @@ from diffgan_fast.reproduce.gaussians import modes_table, reproduce_gaussians
 from diffgan_fast.reproduce.images import reproduce_table1, table1_folder
 from diffgan_fast.reproduce.images_page import gain_table, score_table
 from diffgan_fast.reproduce.points import kl_table, reproduce_2d
+from diffgan_fast.reproduce.study import pictures
 from diffgan_fast.reproduce.toy import reproduce_toy
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "gain_table",
     "kl_table",
     "modes_table",
+    "pictures",
     "reproduce_2d",
     "reproduce_ddgan",
     "reproduce_diffusion_gan",

@@ -27,7 +27,7 @@ from diffgan_fast.data.points import POINTS
 from diffgan_fast.engine import distributed
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.reproduce.ddgan_page import write_page
-from diffgan_fast.reproduce.study import check
+from diffgan_fast.reproduce.study import check, pictures
 from diffgan_fast.run import Run
 
 BATCH = 64  # samples a training step
@@ -76,7 +76,7 @@ def configurations() -> list[str]:
 def reproduce_ddgan(
     out: str | Path = "runs/reproduce-ddgan",
     *,
-    data: str = "digits",
+    data: str | None = None,
     configs: Sequence[str] | None = None,
     seeds: int = 3,
     n: int = 2000,
@@ -95,7 +95,8 @@ def reproduce_ddgan(
 
     Args:
         out: directory; runs lie in out/<data>/<config>/seed-<s>. Complete ones are reused, others go on.
-        data: a name out of `dgf.datasets()` that stands for images; "mnist" is what the slides show.
+        data: a name out of `dgf.datasets()` that stands for images; None: "mnist", which is what the slides show and
+            takes hours on a CPU, if its files lie on this machine, else "digits".
         configs: names out of `configurations()`; None: all.
         seeds: how many, from 0 on.
         n: samples to measure.
@@ -109,15 +110,16 @@ def reproduce_ddgan(
 
     Raises: ValueError for an unknown name, or another argument out of range.
     """
-    known, pictures = configurations(), [name for name in data_sets.datasets() if name not in POINTS]
+    known, images_of = configurations(), [name for name in data_sets.datasets() if name not in POINTS]
+    data = pictures(data)
     configs = known if configs is None else [configs] if isinstance(configs, str) else list(dict.fromkeys(configs))
-    check(seeds, data=([data], pictures), configs=(configs, known), points=([points], POINTS))
+    check(seeds, data=([data], images_of), configs=(configs, known), points=([points], POINTS))
     if images < BATCH:
         raise ValueError(f"images must be at least {BATCH}, which is one step; got {images}")
     folder = Path(out) / data
     results: dict[str, list[Outcome]] = {name: [] for name in configs}
     study = _Study(folder, data, images // BATCH, n, width, dict(subset=subset, device=device, progress=progress))
-    bar = tqdm(list(product(range(seeds), configs)), desc="reproduce ddgan", unit="run", disable=not progress)
+    bar = tqdm(list(product(range(seeds), configs)), desc=f"ddgan on {data}", unit="run", disable=not progress)
     for seed, name in bar:
         bar.set_postfix_str(f"{name}, seed {seed}")
         results[name].append(study.outcome(name, seed))

@@ -20,7 +20,7 @@ from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
 from diffgan_fast.engine import distributed
 from diffgan_fast.report.html import block, page, paragraph, picture
-from diffgan_fast.reproduce.study import check, spread
+from diffgan_fast.reproduce.study import check, pictures, spread
 from diffgan_fast.run import Run
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ Results = dict[tuple[str, str], list[dict[str, float]]]
 def reproduce_diffusion_gan(
     out: str | Path = "runs/reproduce-diffusion-gan",
     *,
-    data: str = "digits",
+    data: str | None = None,
     networks: Sequence[str] = tuple(NETWORKS),
     configs: Sequence[str] = tuple(CONFIGS),
     seeds: int = 3,
@@ -69,7 +69,8 @@ def reproduce_diffusion_gan(
 
     Args:
         out: directory; runs lie in out/<data>/<network>/<config>/seed-<s>. Complete ones are reused, others go on.
-        data: a name out of `dgf.datasets()` that stands for images.
+        data: a name out of `dgf.datasets()` that stands for images; None: "mnist" if its files lie on this machine,
+            which takes hours on a CPU, else "digits".
         networks: names out of NETWORKS.
         configs: names out of CONFIGS.
         seeds: how many, from 0 on.
@@ -82,15 +83,16 @@ def reproduce_diffusion_gan(
     Raises: ValueError for an unknown name, or another argument out of range.
     """
     networks, configs = ([v] if isinstance(v, str) else list(dict.fromkeys(v)) for v in (networks, configs))
-    pictures = [name for name in data_sets.datasets() if name not in POINTS]
-    check(seeds, data=([data], pictures), networks=(networks, NETWORKS), configs=(configs, CONFIGS))
+    data, known = pictures(data), [name for name in data_sets.datasets() if name not in POINTS]
+    check(seeds, data=([data], known), networks=(networks, NETWORKS), configs=(configs, CONFIGS))
     if own := SET_BY_STUDY & options.keys():
         raise ValueError(f"{', '.join(sorted(own))}: set by the study itself, so that its configurations compare")
     noise = {"ada_kimg": options.pop("ada_kimg")} if "ada_kimg" in options else {}
     options |= dict(kimg=kimg, resume=True, progress=progress)
     folder, results = Path(out) / data, Results()
     first: dict[tuple[str, str], Run] = {}
-    bar = tqdm(list(product(range(seeds), networks, configs)), desc="diffusion-gan", unit="run", disable=not progress)
+    runs = list(product(range(seeds), networks, configs))
+    bar = tqdm(runs, desc=f"diffusion-gan on {data}", unit="run", disable=not progress)
     for seed, network, config in bar:
         bar.set_postfix_str(f"{network}, {config}, seed {seed}")
         method, own_settings = CONFIGS[config]

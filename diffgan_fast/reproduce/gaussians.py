@@ -58,7 +58,7 @@ Results = dict[str, list[dict[str, float]]]
 def reproduce_gaussians(
     out: str | Path = "runs/reproduce-gaussians",
     *,
-    seeds: int = 3,
+    seeds: int = 5,
     n: int = 10_000,
     progress: bool = True,
     **options: Any,

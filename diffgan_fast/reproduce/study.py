@@ -1,9 +1,32 @@
-"""What the studies share: what may be asked of them, and how several seeds are printed."""
+"""What the studies share: what may be asked of them, their data, and how several seeds are printed."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from diffgan_fast.data import registry
+
+
+def pictures(data: str | None) -> str:
+    """The data set of a study of images: `data`; or if it is None, MNIST where its files lie here, else the digits.
+
+    For this nothing is downloaded.
+    """
+    if data is not None:
+        return data
+    return "mnist" if _lies_here("mnist") else "digits"
+
+
+def _lies_here(name: str) -> bool:
+    """Whether `data.load` finds both splits in a folder of this machine or among its downloads."""
+    source, cache = registry._SOURCES[name], registry.cache_dir() / "data" / name
+    nothing = replace(source, md5=dict.fromkeys(registry.SPLITS, {}))  # is to be downloaded
+    return all(
+        registry._locate(name, nothing, None, split) or all((cache / file).is_file() for file in source.md5[split])
+        for split in registry.SPLITS
+    )
 
 
 def check(seeds: int, **asked: tuple[Sequence[str], Collection[str]]) -> None:

@@ -178,6 +178,19 @@ def test_ddgan_benchmark():
     assert set().union(*rows) <= set(report.COLUMNS)
 
 
+def test_ddgan_arms_are_eager(monkeypatch):
+    """No step of the engine is captured on CUDA, and sampling never asks whether its steps are to be."""
+    from benchmarks import ddgan
+
+    ours = ddgan.Ours(dgf.nets.DDGANGenerator(1, 8, T=4), dgf.nets.DDGANCritic(1, 8, T=4), (1, 8, 8))
+    assert not ours.method.config.cuda_graphs
+    unet, schedule = dgf.nets.UNet.preset(8, 1, width=8).eval(), dgf.Schedule.linear_scaled(6)
+    want = dgf.sample(unet, (2, 1, 8, 8), schedule, 5, channels_last=True)
+    assert torch.equal(ddgan.walk(unet, (2, 1, 8, 8), schedule, 5, torch.device("cpu")), want)
+    monkeypatch.setattr("diffgan_fast.sampling._worthwhile", None)
+    assert len(ddgan.sampling_rows(QUICK, 8, 1, 2)) == 2
+
+
 def test_ddgan_counts_the_passes():
     """Without R1 an iteration of the reference is 6 passes of the generator and 8 of the critic, of ours 4 and 8."""
     from benchmarks import ddgan

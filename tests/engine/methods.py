@@ -32,6 +32,7 @@ CASES = {
     "gan, R1": ("gan", (1, 8, 8), dict(GAN, r1_gamma=1.0, r1_every=2, critic_norm="layer")),
     "gan, residual": ("gan", (1, 8, 8), dict(GAN, network="sngan", gan_loss="hinge")),
     "ddgan": ("ddgan", (1, 8, 8), dict(T=2, lazy_reg=2, width=8, z_dim=8, lr=1e-5, critic_lr=1e-5)),
+    "ddgan, two updates": ("ddgan", (2,), dict(T=2, lazy_reg=2, width=16, z_dim=4, critic_updates=2, lr=1e-4)),
     "ddgan of points": ("ddgan", (2,), dict(T=2, lazy_reg=2, width=16, z_dim=4)),
     "diffusion-gan": ("diffusion-gan", (1, 8, 8), GAN),
     "diffusion-gan, as coded": ("diffusion-gan", (2,), dict(AS_CODED, r1_gamma=1.0, r1_every=2)),

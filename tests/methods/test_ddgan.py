@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 import diffgan_fast as dgf
 from diffgan_fast.engine import Batch, State
+from diffgan_fast.nets import ddgan as ddgan_generator
 from tests import mixture
 from tests.ops import oracle
 
@@ -138,11 +139,15 @@ def make(shape=(1, 4, 4), **options):
     return method, State(networks, method.optimizers(networks), method.averaged, method.config)
 
 
-def test_steps_are_those_of_plain_torch():
-    """Four steps: R1 in every third, cosine decay of both, Adam's betas, and the average of the generator."""
+@pytest.mark.parametrize("updates", (1, 3))
+def test_steps_are_those_of_plain_torch(updates):
+    """Four steps: R1 in every third, cosine decay of both, Adam's betas, and the average of the generator.
+
+    Each update of the critic has draws of its own, and R1 in the steps that have it; the losses are those of the last.
+    """
     steps, lazy, gamma, lr, critic_lr = 4, 3, 0.5, 1e-2, 3e-3
     rates = dict(lr=lr, critic_lr=critic_lr, lr_schedule="cosine", adam_beta1=0.5, adam_beta2=0.9)
-    method, state = make(steps=steps, r1_gamma=gamma, lazy_reg=lazy, ema=0.9, **rates)
+    method, state = make(steps=steps, r1_gamma=gamma, lazy_reg=lazy, ema=0.9, critic_updates=updates, **rates)
     generator, critic = (copy.deepcopy(state[name]).double() for name in ("generator", "critic"))
     average = copy.deepcopy(generator)
     optimizers = [
@@ -154,15 +159,17 @@ def test_steps_are_those_of_plain_torch():
         logged = method.step(state, Batch(x0), 30 + s)
         state.step += 1
 
-        step = Step(4, 30 + s, x0)
+        keys = [30 + s, fold(30 + s, 1), fold(30 + s, 2)][:updates]
+        draws = [Step(4, key, x0) for key in keys]
         for optimizer, rate in zip(optimizers, (critic_lr, lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * s / steps))
         want = {}
-        for name, optimizer, loss in (
-            ("critic_loss", optimizers[0], lambda: step.critic_loss(generator, critic, 0 if s % lazy else gamma)),  # noqa: B023
-            ("generator_loss", optimizers[1], lambda: step.generator_loss(generator, critic)),  # noqa: B023
-        ):
-            want[name] = loss()
+        parts = [("critic_loss", optimizers[0], step) for step in draws] + [
+            ("generator_loss", optimizers[1], draws[-1])
+        ]
+        for name, optimizer, step in parts:
+            penalty = (0 if s % lazy else gamma,) if name == "critic_loss" else ()
+            want[name] = getattr(step, name)(generator, critic, *penalty)
             optimizer.zero_grad()
             want[name].backward()
             optimizer.step()
@@ -225,15 +232,33 @@ def test_predicting_x_prev_leaves_the_posterior_out():
     torch.testing.assert_close(x, net(x_1, one, z).detach().clamp(-1, 1))
 
 
-def test_presets_are_the_published_configurations():
-    c = DDGAN.Config.make("cifar10")
-    published = (4, 256, 1.6e-4, 1.25e-4, 0.02, 15, 0.9999, 100, True)
-    assert (c.T, c.batch_size, c.lr, c.critic_lr, c.r1_gamma, c.lazy_reg, c.ema, c.z_dim, c.flip) == published
-    assert c.steps * c.batch_size == pytest.approx(1800 * 50_000, rel=1e-5)
+# T, batch (GPUs x each), lr of critic and generator, gamma, its interval, decay of the average, mirrored; images of
+# training (epochs x images of the data); channels, their multiples, layers of the mapping network after the first
+PUBLISHED = {
+    "cifar10": (4, 4 * 64, 1.25e-4, 1.6e-4, 0.02, 15, 0.9999, True, 1800 * 50_000, 128, (1, 2, 2, 2), 4),
+    "church256": (4, 8 * 8, 1e-4, 1.6e-4, 1, 10, 0.999, False, 500 * 120_000, 64, (1, 1, 2, 2, 4, 4), 3),
+    "celeba256": (2, 8 * 4, 1e-4, 2e-4, 2, 10, 0.9999, True, 800 * 30_000, 64, (1, 1, 2, 2, 4, 4), 3),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_configurations(name):
+    c = DDGAN.Config.make(name)
+    *settings, images, width, multipliers, mapping = PUBLISHED[name]
+    found = [c.T, c.batch_size, c.critic_lr, c.lr, c.r1_gamma, c.lazy_reg, c.ema, c.flip]
+    assert found == settings and c.z_dim == 100
+    assert c.steps * c.batch_size == pytest.approx(images, rel=1e-5)
     assert (c.lr_schedule, c.adam_beta1, c.adam_beta2) == ("cosine", 0.5, 0.9)
-    church, celeba = (DDGAN.Config.make(name) for name in ("church256", "celeba256"))
-    assert (church.T, church.batch_size, church.r1_gamma, church.lazy_reg, church.ema) == (4, 64, 1, 10, 0.999)
-    assert (celeba.T, celeba.batch_size, celeba.r1_gamma, celeba.lazy_reg, celeba.lr) == (2, 32, 2, 10, 2e-4)
+    assert (c.gan_loss, c.predicts, c.latent, c.critic_updates) == ("nonsaturating", "x0", True, 1)
+    assert (c.beta_min, c.beta_max, c.warmup, c.clip_grad, c.precision) == (0.1, 20.0, 0, 0.0, "fp32")
+    shape = ddgan_generator.PRESETS[c.network]
+    assert (shape.width, shape.multipliers, shape.mapping) == (width, multipliers, mapping)
+    assert (shape.blocks, shape.attention, shape.dropout, shape.latent) == (2, (16,), 0.0, 256) and c.width is None
+    assert c.critic_network == ("small" if name == "cifar10" else "large")
+
+
+def test_the_schedule_is_the_published_one():
+    c = DDGAN.Config.make("cifar10")
     S = DDGAN(c, (3, 32, 32)).schedule
     torch.testing.assert_close(S.alphas_cumprod, abar(4, torch.arange(5)), rtol=1e-12, atol=0)
 
@@ -249,6 +274,23 @@ def test_networks_follow_the_size():
     assert isinstance(critic(8, critic_network="8"), dgf.nets.DDGANCritic)
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 2)
     assert critic(8)(x, t=t, x_t=x + 1).shape == (4,)
+    assert isinstance(critic(28, preset="mnist"), dgf.nets.DCGANCritic)
+
+
+def test_the_critic_is_as_wide_as_one_likes():
+    def weights(shape, **options):
+        return [tuple(p.shape) for p in DDGAN(DDGAN.Config(**options), shape).networks({})["critic"].parameters()]
+
+    assert weights((1, 8, 8))[0] == (64, 3, 4, 4) and weights((1, 8, 8), critic_width=24)[0] == (24, 3, 4, 4)
+    assert weights((2,))[0] == (256, 5) and weights((2,), critic_width=24)[0] == (24, 5)
+    with pytest.raises(ValueError, match="critic_width must be None for the authors' critic '28', got 24"):
+        weights((1, 28, 28), critic_width=24)
+
+
+def test_the_small_presets_are_the_defaults_with_other_networks():
+    """The settings that were tuned at 8 pixels are where 28 begin."""
+    mine, usual = (DDGAN.Config.make(preset).to_dict() for preset in ("mnist", None))
+    assert {k: v for k, v in mine.items() if v != usual[k]} == {"critic_network": "dcgan", "steps": 20_000}
 
 
 SMALL = dict(batch_size=8, log_every=2, sample_every=0, checkpoint_every=0, progress=False, z_dim=4)
@@ -299,6 +341,29 @@ def test_an_unknown_prediction_is_named():
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="data must be square images or points"):
         DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
+
+
+def test_what_no_network_is_made_for_is_named():
+    """By the option, before the first step."""
+
+    def networks(size, given=None, **options):
+        return DDGAN(DDGAN.Config(**options), (1, size, size)).networks(given or {})
+
+    for size, fitting in ((16, "cifar10"), (64, "cifar10, 256")):
+        for chosen in ("auto", "28"):
+            message = f"^network must be one of {fitting} for images of {size} pixels; got '{chosen}'$"
+            with pytest.raises(ValueError, match=message):
+                networks(size, network=chosen)
+    for size, chosen, fitting in ((64, "auto", "8, 28, small, large"), (16, "large", "8, 28, small")):
+        message = f"^critic_network must be one of dcgan, {fitting} for images of {size} pixels; got '{chosen}'$"
+        with pytest.raises(ValueError, match=message):
+            networks(size, {"generator": Generator()}, critic_network=chosen)
+    networks(16, {"generator": Generator()}), networks(64, {"generator": Generator()}, critic_network="dcgan")
+    with pytest.raises(ValueError, match="^batch_size must be at most 4, the group .*, or a multiple; got 6"):
+        networks(8, critic_network="8", batch_size=6)
+    for n in (3, 4, 8):
+        networks(8, critic_network="8", batch_size=n)
+    networks(8, batch_size=6)
 
 
 @pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")

@@ -21,6 +21,7 @@ def tradeoff(tmp_path_factory):
         patch.setitem(ddgan.DDIM, "sample_steps", 4)
         patch.setattr(ddgan, "TIMED", 3)
         patch.setattr(ddgan_page, "DRAWN", 60)
+        patch.setattr("diffgan_fast.reproduce.study._lies_here", lambda name: False)
         study = dict(TRADEOFF, configs=[*ARMS[:1], "ddim-50", *ARMS[1:]], progress=False)
         yield out, study, reproduce.reproduce_ddgan(out, **study)
 
@@ -69,6 +70,7 @@ def test_the_page_shows_the_trade_off(tradeoff):
 
 def test_a_measured_trade_off_is_not_measured_again(tradeoff, monkeypatch):
     out, study, results = tradeoff
+    monkeypatch.setattr("diffgan_fast.reproduce.study._lies_here", lambda name: False)
     monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
     monkeypatch.setattr(ddgan, "_measured", None)
     assert reproduce.reproduce_ddgan(out, **study) == results
@@ -115,12 +117,14 @@ def test_the_command_passes_its_flags_on(monkeypatch, capsys, tmp_path):
 
     def study(out, **given):
         assert given == dict(
-            data="mnist", configs=["ddgan-2"], seeds=1, n=40, images=640, points="moons", width=16, device="cpu"
-        )
+            data="mnist", configs=["ddgan-2"], seeds=1, n=40, images=640, points="moons", width=16, subset=99,
+            device="cpu",
+        )  # fmt: skip
         return {"ddgan-2": [row]}
 
     monkeypatch.setattr(reproduce, "reproduce_ddgan", study)
-    flags = "--data mnist --config ddgan-2 --seeds 1 --n 40 --images 640 --points moons --width 16 --device cpu".split()
+    flags = "--data mnist --config ddgan-2 --seeds 1 --n 40 --images 640 --points moons --width 16 --subset 99".split()
+    flags += ["--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         cli.main(["reproduce", "ddgan", "--out", str(tmp_path), *flags])
     text = capsys.readouterr().out
