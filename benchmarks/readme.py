@@ -1,6 +1,6 @@
 """`python -m benchmarks.readme [--check]`: writes the tables of README.md from the saved results; no figure is typed.
 
-Of several machines with a CPU it takes the one on which most was measured.
+Of several machines with a CPU each table shows the one on which it was measured last, and says which.
 
 With --check nothing is written, and the exit code says whether the README agrees with the results.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
@@ -40,7 +41,7 @@ def ops_table(folder: Path) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for (benchmark, case), title in OPS.items():
-        rows = json.loads((folder / f"{benchmark}.json").read_text())["rows"]
+        rows = _rows(folder, benchmark)
         picked = [r for r in rows if (r["case"], r["shape"], r["dtype"]) == (case, SHAPE, "float32")]
         for row in sorted((r for r in picked if r["provider"] == "dgf-cpu"), key=lambda r: -r["threads"]):
             ratios = [f"{row[k]:.1f}×" if row.get(k) else "–" for k in ("over_eager", "over_compile")]
@@ -50,7 +51,7 @@ def ops_table(folder: Path) -> list[str]:
 
 def training_table(folder: Path) -> list[str]:
     """Method 3.5 at the student preset, item by item."""
-    rows = json.loads((folder / "training.json").read_text())["rows"]
+    rows = _rows(folder, "training")
     lines = [
         "| method 3.5, student network, batch 128 | threads | images/s | against the reference |",
         "|---|---|---|---|",
@@ -64,7 +65,7 @@ def training_table(folder: Path) -> list[str]:
 
 def points_table(folder: Path) -> list[str]:
     """GAN-enhanced diffusion of points: the published procedure and ours."""
-    rows = json.loads((folder / "points.json").read_text())["rows"]
+    rows = _rows(folder, "points")
     lines = [
         "| moons, batch 256, 2 threads | the reference, ms | ours, ms | matrix products alone, ms | ours is faster |",
         "|---|---|---|---|---|",
@@ -81,7 +82,7 @@ def points_table(folder: Path) -> list[str]:
 
 def penalty_table(folder: Path) -> list[str]:
     """The gradient penalty by mode."""
-    rows = json.loads((folder / "penalty.json").read_text())["rows"]
+    rows = _rows(folder, "penalty")
     lines = [
         "| gradient penalty, value and gradients | provider | ms, 2 threads | against eager | against torch.compile |",
         "|---|---|---|---|---|",
@@ -96,9 +97,8 @@ def penalty_table(folder: Path) -> list[str]:
 
 
 def chain_tables(folder: Path) -> list[str]:
-    """The denoising chain: memory, then time. Nothing where it was not measured."""
-    if not (rows := _rows(folder, "chain")):
-        return []
+    """The denoising chain: memory, then time."""
+    rows = _rows(folder, "chain")
     memory = ["| a training step of method 2, student network | batch | `recompute` | MiB | expected |",
               "|---|---|---|---|---|"]  # fmt: skip
     time = ["| the same step | batch | `recompute` | s | images/s | plain autograd is 1 |",
@@ -114,9 +114,8 @@ def chain_tables(folder: Path) -> list[str]:
 
 
 def sampling_table(folder: Path) -> list[str]:
-    """Sampling: the reference's loop, diffusers' and ours. Nothing where it was not measured."""
-    if not (rows := _rows(folder, "sampling")):
-        return []
+    """Sampling: the reference's loop, diffusers' and ours."""
+    rows = _rows(folder, "sampling")
     lines = ["| 64 images, 28 px, 300 steps, student network | threads | images/s | ms a step | network alone, ms |",
              "|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
@@ -126,9 +125,8 @@ def sampling_table(folder: Path) -> list[str]:
 
 
 def metrics_table(folder: Path) -> list[str]:
-    """Metrics: the fastest of the libraries' procedures and ours. Nothing where it was not measured."""
-    if not (rows := _rows(folder, "metrics")):
-        return []
+    """Metrics: the fastest of the libraries' procedures and ours."""
+    rows = _rows(folder, "metrics")
     lines = ["| metric, from features | size | threads | fastest library, s | ours, s | faster | MiB | ours, MiB |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for ours in (row for row in rows if row["provider"] == "dgf-metrics" and "ms" in row):
@@ -144,10 +142,21 @@ def metrics_table(folder: Path) -> list[str]:
     return lines
 
 
+def conv_table(folder: Path) -> list[str]:
+    """Convolutions: torch's, which are oneDNN's, and ours."""
+    lines = ["| 3×3 convolution, 2 threads | pass | torch, ms | ours, ms | ours is faster |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    rows = [r for r in _rows(folder, "conv") if "ms" in r and r["threads"] == 2 and ", " in r["case"]]
+    for ours in (r for r in rows if r["provider"] == "dgf" and "over_eager" in r):
+        case, name = ours["case"].split(", ")
+        times = f"{ours['ms'] * ours['over_eager']:.2f} | {ours['ms']:.2f} | {ours['over_eager']:.1f}×"
+        lines.append(f"| {case}: {ours['shape']} | {name} | {times} |")
+    return lines
+
+
 def steps_table(folder: Path) -> list[str]:
-    """Whole training steps: the reference procedure and ours. Nothing where they were not measured."""
-    if not (rows := _rows(folder, "steps")):
-        return []
+    """Whole training steps: the reference procedure and ours."""
+    rows = _rows(folder, "steps")
     lines = ["| a training step, 2 threads | batch | reference, ms | ours, ms | of it our kernels | networks alone, ms "
              "| ours is faster | reference, MiB | ours, MiB |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -164,9 +173,8 @@ def steps_table(folder: Path) -> list[str]:
 
 
 def ddgan_table(folder: Path) -> list[str]:
-    """DDGAN's training iteration and sampling. Nothing where they were not measured."""
-    if not (rows := _rows(folder, "ddgan")):
-        return []
+    """DDGAN's training iteration and sampling."""
+    rows = _rows(folder, "ddgan")
     lines = ["| Denoising Diffusion GAN, 2 threads | batch | arm | ms | images/s | operations say | is faster |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     rows = [row for row in rows if "ms" in row]
@@ -178,9 +186,8 @@ def ddgan_table(folder: Path) -> list[str]:
 
 
 def instance_noise_table(folder: Path) -> list[str]:
-    """The noise of Diffusion-GAN. Nothing where it was not measured."""
-    if not (rows := _rows(folder, "instance_noise")):
-        return []
+    """The noise of Diffusion-GAN."""
+    rows = _rows(folder, "instance_noise")
     lines = [
         "| Diffusion-GAN's noise, 2 threads | the reference, ms | ours, ms | ours is faster |",
         "|---|---|---|---|",
@@ -193,10 +200,12 @@ def instance_noise_table(folder: Path) -> list[str]:
     return lines
 
 
+def _saved(folder: Path, benchmark: str) -> dict:
+    return json.loads((folder / f"{benchmark}.json").read_text())
+
+
 def _rows(folder: Path, benchmark: str) -> list[dict]:
-    """The saved rows of a benchmark; none if it was not run."""
-    path = folder / f"{benchmark}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return _saved(folder, benchmark)["rows"]
 
 
 def _case(row: dict) -> str:
@@ -205,28 +214,49 @@ def _case(row: dict) -> str:
     return f"{row['case']} [{shape}] | {batch}"
 
 
-def section(folder: Path) -> str:
-    """What stands between the marks."""
-    metas = [json.loads(path.read_text())["meta"] for path in folder.glob("*.json")]
-    kept = {"torch": None, "date": 10, "git": 9}  # characters
-    torch, days, revisions = (", ".join(sorted({m[key][:n] for m in metas})) for key, n in kept.items())
-    about = f"Measured on {folder.name} with torch {torch} ({days}; revisions {revisions})."
-    made = (
-        ops_table, penalty_table, points_table, training_table, steps_table, chain_tables, sampling_table, ddgan_table,
-        instance_noise_table, metrics_table,
-    )  # fmt: skip
-    tables = [table(folder) for table in made]
-    return "\n".join([BEGIN, about, *(line for table in tables if table for line in ("", *table)), END])
+TABLES: list[tuple[Callable[[Path], list[str]], tuple[str, ...]]] = [  # and the benchmarks that each shows
+    (ops_table, ("random", "noise", "step", "loss")),
+    (penalty_table, ("penalty",)),
+    (points_table, ("points",)),
+    (conv_table, ("conv",)),
+    (training_table, ("training",)),
+    (steps_table, ("steps",)),
+    (chain_tables, ("chain",)),
+    (sampling_table, ("sampling",)),
+    (ddgan_table, ("ddgan",)),
+    (instance_noise_table, ("instance_noise",)),
+    (metrics_table, ("metrics",)),
+]
+
+
+def section(folders: list[Path]) -> str:
+    """What stands between the marks: every table, of the machine where its benchmarks were run last."""
+    shown: dict[Path, list[tuple[list[str], list[dict]]]] = {}
+    for make, benchmarks in TABLES:
+        having = [f for f in folders if all((f / f"{name}.json").exists() for name in benchmarks)]
+        if having:
+            metas = {f: [_saved(f, name)["meta"] for name in benchmarks] for f in having}
+            last = max(having, key=lambda f: min(m["date"] for m in metas[f]))
+            shown.setdefault(last, []).append((make(last), metas[last]))
+    lines = [BEGIN]
+    # machines by what was run on them last
+    for folder, tables in sorted(shown.items(), key=lambda item: max(m["date"] for _, ms in item[1] for m in ms))[::-1]:
+        metas = [meta for _, of_table in tables for meta in of_table]
+        kept = {"torch": None, "date": 10, "git": 9}  # characters
+        torch, days, revisions = (", ".join(sorted({m[key][:n] for m in metas})) for key, n in kept.items())
+        lines += [f"Measured on {folder.name} with torch {torch} ({days}; revisions {revisions}):"]
+        lines += [line for table, _ in tables for line in (*([""] if table else []), *table)] + [""]
+    return "\n".join([*lines[:-1], END])
 
 
 def main(arguments: list[str]) -> int:
-    folders = [f for f in sorted(machine.RESULTS.glob("cpu-*")) if (f / "training.json").exists()]
+    folders = sorted(machine.RESULTS.glob("cpu-*"))
     if not folders:
-        print("no results of a CPU: run python -m benchmarks random|noise|step|loss|training", file=sys.stderr)
+        print("no results of a CPU: run python -m benchmarks NAME", file=sys.stderr)
         return 1
     text = README.read_text()
     before, rest = text.split(BEGIN)
-    fresh = before + section(max(folders, key=lambda folder: len(list(folder.glob("*.json"))))) + rest.split(END)[1]
+    fresh = before + section(folders) + rest.split(END)[1]
     if "--check" in arguments:
         return 0 if fresh == text else 1
     README.write_text(fresh)
