@@ -33,16 +33,18 @@ class Told(nn.Module):
 def gaussian_diffusion(net: nn.Module, channels: int, size: int, T: int, device: torch.device) -> nn.Module:
     """The package's GaussianDiffusion with a linear schedule, predicting noise.
 
-    Its module imports torchvision for a loader and a picture that are not used here; where that is missing, empty
-    modules stand in for it.
+    Its module imports torchvision for a loader and a picture that are not used here; where that is missing, an empty
+    module stands in for it meanwhile.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-            sys.modules.setdefault(name, ModuleType(name))
-        sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
-        sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]  # type: ignore[attr-defined]
-    from denoising_diffusion_pytorch import GaussianDiffusion
-
+    missing = importlib.util.find_spec("torchvision") is None
+    if missing:
+        sys.modules["torchvision"] = stand_in = ModuleType("torchvision")
+        stand_in.transforms = stand_in.utils = None  # type: ignore[attr-defined]
+    try:
+        from denoising_diffusion_pytorch import GaussianDiffusion
+    finally:
+        if missing:
+            del sys.modules["torchvision"]
     made = GaussianDiffusion(
         Told(net, channels), image_size=size, timesteps=T, beta_schedule="linear", objective="pred_noise"
     )
