@@ -108,7 +108,7 @@ def test_steps_benchmark(tmp_path, capsys):
     for row in rows:
         assert all(row[c] > 0 for c in ("ms", "images_per_s", "floor_ms", "peak_mib", "over_reference")), row
         if row["provider"].startswith("ours"):
-            assert 0 < row["of_kernels"] == pytest.approx(sum(row["kernels"].values())) < 1
+            assert 0 < row["of_kernels"] < 1 and row["of_kernels"] == sum(row["kernels"].values())
     assert set().union(*rows) <= {*report.COLUMNS, "kernels"}  # the latter in the JSON file alone
     assert report.plot(rows, tmp_path / "steps.png").stat().st_size > 1000
 
