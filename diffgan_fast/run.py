@@ -103,6 +103,10 @@ class Run:
         return self.history[-1]["seconds"] if self.history else 0.0
 
     @property
+    def _device(self) -> torch.device:
+        return next(p for net in self.state.nets.values() for p in net.parameters()).device
+
+    @property
     def named(self) -> bool:
         """Whether the data are one of `dgf.datasets()`."""
         return isinstance(self._data, str) and self._data in data_sets.datasets()
@@ -162,7 +166,7 @@ class Run:
             raise ValueError(f"n must be at least 1, got {n}")
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        device = next(p for net in self.state.nets.values() for p in net.parameters()).device
+        device = self._device
         check_precision(precision, device)
         if unknown := how.keys() - set(self.method.sampling_options):
             known = ", ".join(self.method.sampling_options) or "none"
@@ -231,7 +235,7 @@ class Run:
         features, and all return what the main one makes of them. Else this process does it without the others.
         """
         with distributed.acting(together):
-            device = next(p for net in self.state.nets.values() for p in net.parameters()).device
+            device = self._device
             with distributed.main_first():  # what has to be fetched is fetched once
                 reference, held_out = self.reference(), data_sets.load_test(self._data, size=self._size)
             data_on = self.method.config.data_on
