@@ -456,14 +456,16 @@ def reproduce_diffusion_gan(
     seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,
     n: Annotated[int, typer.Option(help="samples to measure")] = 2000,
     kimg: Annotated[float, typer.Option(help="thousands of images that each is trained on")] = 128.0,
+    width: Annotated[int | None, typer.Option(help="of generators and critics [default: each network's]")] = None,
     subset: Subset = None,
     device: Device = "auto",
 ) -> None:
     """Train GANs of images with and without diffusion, in the paper's configurations, and compare them."""
     from diffgan_fast import reproduce
 
-    given: dict[str, Any] = {"networks": network, "configs": config, "subset": subset}
-    options, data = {name: value for name, value in given.items() if value}, _pictures(data)
+    widths = {"width": width, "critic_width": width}
+    given: dict[str, Any] = {"networks": network, "configs": config, "subset": subset} | widths
+    options, data = {name: value for name, value in given.items() if value not in (None, [])}, _pictures(data)
     with _resumable():
         results = reproduce.reproduce_diffusion_gan(
             out, data=data, seeds=seeds, n=n, kimg=kimg, device=device, **options

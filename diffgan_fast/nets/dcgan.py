@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, check_latents
+from .conv import Conv2d
 from .critic import Critic, is_main_of_join
 
 
@@ -73,7 +74,7 @@ class DCGANCritic(Critic):
                 layers.extend(_norm(norm, out))
             layers.append(nn.LeakyReLU(0.2))
             for _ in range(depth - 1):
-                layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), *_norm(norm, out), nn.LeakyReLU(0.2)]
+                layers += [Conv2d(out, out, 3, padding=1, bias=False), *_norm(norm, out), nn.LeakyReLU(0.2)]
             here, out, size = out, min(2 * out, 8 * width), size // 2
         self.features = here * size**2
         kernel, padding = (2, 0) if size == 2 else (4, 1)

@@ -126,6 +126,17 @@ def test_only_what_is_wanted_has_a_gradient():
         assert torch.equal(given[wanted].grad, want[1 + wanted])
 
 
+def test_a_layer_without_a_bias():
+    layer = nets.Conv2d(24, 32, 3, padding=1, bias=False).to(memory_format=CL)
+    x, _, b, up = case((2, 24, 32, 8, 8))
+    want = differentiated(functional.conv2d, *(v.double() for v in (x, layer.weight, torch.zeros_like(b), up)))
+    x.requires_grad_()
+    out = layer(x)
+    assert layer.bias is None and torch.equal(out, RAW.conv2d_winograd(x.detach(), layer.weight.detach(), None, False))
+    for g, v in zip((out, *torch.autograd.grad(out, [x, layer.weight], up)), want, strict=False):
+        close(g, v)
+
+
 def test_a_gradient_in_another_layout():
     x, w, b, up = case((2, 24, 24, 8, 8))
     for u in (up.contiguous(), up.mean().expand(up.shape)):

@@ -73,3 +73,18 @@ def test_the_command_says_what_it_took(place, monkeypatch, capsys, study):
 
 def test_five_seeds_of_the_gaussians():
     assert inspect.signature(reproduce.reproduce_gaussians).parameters["seeds"].default == 5
+
+
+def test_a_width_is_that_of_generators_and_critics(monkeypatch):
+    given = {}
+
+    def run(out, **options):
+        given.update(options)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(reproduce, "reproduce_diffusion_gan", run)
+    for flags, widths in (["--width", "8"], {8}), ([], {None}):
+        given.clear()
+        with pytest.raises(SystemExit):
+            cli.main(["reproduce", "diffusion-gan", "--data", "digits", *flags])
+        assert {given.get(name) for name in ("width", "critic_width")} == widths
