@@ -131,10 +131,27 @@ def _digits(split: str) -> ImageData:
     return ImageData(pixels, torch.from_numpy(labels[chosen].astype(np.int64)), _DIGIT_NAMES, "digits")
 
 
+def is_here(name: str) -> bool:
+    """Whether both splits of a data set of files lie in a folder of this machine or among the downloads."""
+    source, downloads = _SOURCES[name], cache_dir() / "data" / name
+    return all(
+        _find(name, source, None, split)[0] or all((downloads / file).is_file() for file in source.md5[split])
+        for split in SPLITS
+    )
+
+
 def _locate(name: str, source: _Source, root: str | os.PathLike | None, split: str) -> tuple[Path, ...]:
     """The files of one split: found in a folder, or downloaded into the user's cache."""
+    files, looked = _find(name, source, root, split)
+    return files or _download(name, source, split, looked)
+
+
+def _find(
+    name: str, source: _Source, root: str | os.PathLike | None, split: str
+) -> tuple[tuple[Path, ...] | None, list[str]]:
+    """The files of one split, if a folder of this machine has them; and where they were looked for."""
     places = {"root": root, "DIFFGAN_FAST_DATA": os.environ.get("DIFFGAN_FAST_DATA"), "Debian": _DEBIAN}
-    looked = []
+    looked: list[str] = []
     for place, folder in places.items():
         if not folder:
             looked.append(f"{place}: not given")
@@ -142,11 +159,11 @@ def _locate(name: str, source: _Source, root: str | os.PathLike | None, split: s
         base = Path(folder).expanduser()
         looked.append(f"{place}: {base / name} and {base}")
         if files := source.find(base / name, split):
-            return files
+            return files, looked
         # MNIST and Fashion-MNIST share their file names: a folder called after one does not hold the other
         if base.name not in _SOURCES.keys() - {name} and (files := source.find(base, split)):
-            return files
-    return _download(name, source, split, looked)
+            return files, looked
+    return None, looked
 
 
 def _download(name: str, source: _Source, split: str, looked: list[str]) -> tuple[Path, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
-from diffgan_fast.data import registry
+from diffgan_fast.data.registry import is_here
 
 
 def pictures(data: str | None) -> str:
@@ -16,17 +15,7 @@ def pictures(data: str | None) -> str:
     """
     if data is not None:
         return data
-    return "mnist" if _lies_here("mnist") else "digits"
-
-
-def _lies_here(name: str) -> bool:
-    """Whether `data.load` finds both splits in a folder of this machine or among its downloads."""
-    source, cache = registry._SOURCES[name], registry.cache_dir() / "data" / name
-    nothing = replace(source, md5=dict.fromkeys(registry.SPLITS, {}))  # is to be downloaded
-    return all(
-        registry._locate(name, nothing, None, split) or all((cache / file).is_file() for file in source.md5[split])
-        for split in registry.SPLITS
-    )
+    return "mnist" if is_here("mnist") else "digits"
 
 
 def check(seeds: int, **asked: tuple[Sequence[str], Collection[str]]) -> None:
