@@ -143,14 +143,19 @@ def metrics_table(folder: Path) -> list[str]:
 
 
 def conv_table(folder: Path) -> list[str]:
-    """Convolutions: torch's, which are oneDNN's, and ours."""
-    lines = ["| 3×3 convolution, 2 threads | pass | torch, ms | ours, ms | ours is faster |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    """Convolutions: torch's, which are oneDNN's, and ours; a row for each, with its three passes."""
     rows = [r for r in _rows(folder, "conv") if "ms" in r and r["threads"] == 2 and ", " in r["case"]]
+    found: dict[str, dict[str, str]] = {}
     for ours in (r for r in rows if r["provider"] == "dgf" and "over_eager" in r):
         case, name = ours["case"].split(", ")
-        times = f"{ours['ms'] * ours['over_eager']:.2f} | {ours['ms']:.2f} | {ours['over_eager']:.1f}×"
-        lines.append(f"| {case}: {ours['shape']} | {name} | {times} |")
+        passes = found.setdefault(f"{case}: {ours['shape'].removesuffix(', stride 1')}", {})
+        passes[name] = f"{ours['ms'] * ours['over_eager']:.2f} → {ours['ms']:.2f} | {ours['over_eager']:.1f}×"
+    names = list(dict.fromkeys(name for passes in found.values() for name in passes))
+    header = "".join(f" {name}, torch's → ours, ms | faster |" for name in names)
+    lines = [f"| 3×3 convolution, 2 threads |{header}", "|---" * (1 + 2 * len(names)) + "|"]
+    lines += [
+        f"| {case} | {' | '.join(passes.get(name, '– | –') for name in names)} |" for case, passes in found.items()
+    ]
     return lines
 
 
