@@ -39,7 +39,7 @@ class _Files:
             raise ValueError(f"{self.path}: {name} is not a readable image ({error})") from error
 
     def pixels(self, name: str, mode: str, size: int | None) -> np.ndarray:
-        """uint8 [H, W, C], cropped and resized to size x size if a size is given."""
+        """uint8 [C, H, W], cropped and resized to size x size if a size is given."""
         with self.open(name) as image:
             try:
                 image = image.convert(mode)
@@ -50,7 +50,7 @@ class _Files:
                 left, top = (image.width - side) // 2, (image.height - side) // 2
                 square = image.crop((left, top, left + side, top + side))  # resize's box= would look beyond it
                 image = square.resize((size, size), Image.Resampling.LANCZOS)
-            return np.asarray(image).reshape(image.height, image.width, -1)
+            return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def read_images(path: str | os.PathLike, *, split: str = "train", size: int | None = None) -> ImageData:
@@ -91,7 +91,7 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
         raise ValueError(f"{path}: the images differ in size: {some}; pass size= (--size) to crop and resize them")
     mode = "L" if modes <= _GREY else "RGB"
     width, height = (size, size) if size is not None else next(iter(sizes))
-    out = np.empty((len(names), height, width, len(mode) if mode == "RGB" else 1), np.uint8)
+    out = np.empty((len(names), len(mode), height, width), np.uint8)
 
     def decode(i: int) -> None:
         out[i] = files.pixels(names[i], mode, size)
@@ -99,8 +99,7 @@ def read_images(path: str | os.PathLike, *, split: str = "train", size: int | No
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode, range(len(names))))  # list() so that an error is raised
     labels, classes = _classes(names)
-    images = torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
-    return ImageData(images, labels, classes, Path(path).stem)
+    return ImageData(torch.from_numpy(out), labels, classes, Path(path).stem)
 
 
 def has_test_split(path: str | os.PathLike) -> bool:
