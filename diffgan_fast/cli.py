@@ -55,8 +55,8 @@ Subset = Annotated[int | None, typer.Option(help="train on so many images, a fix
 Pictures = Annotated[
     str | None,
     typer.Option(
-        help="data set of images by name; digits is the quick one, mnist takes hours on a CPU [default: mnist if its "
-        "files are found on this machine, else digits]",
+        help="data set of images by name; digits is the quick one, mnist and cifar10 take hours on a CPU [default: "
+        "mnist if its files are found on this machine, else digits]",
         metavar="NAME",
     ),
 ]

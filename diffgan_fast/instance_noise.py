@@ -202,6 +202,11 @@ class AdaptiveDiffusion(nn.Module):
         Gradients: with respect to x, every order, forward mode too.
         Raises: ValueError for arguments of the wrong shape, type, device or range. On CUDA a t out of range gives NaN.
         """
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
+            got = "a scalar" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor [N, …], got {got}")
+        if isinstance(first_sample, bool) or not isinstance(first_sample, int) or first_sample < 0:
+            raise ValueError(f"first_sample must be an int of at least 0, got {first_sample!r}")
         if key is None:
             key = self._next_key()
         if t is None:
@@ -224,7 +229,13 @@ class AdaptiveDiffusion(nn.Module):
         return affine_noise(x, rows, row, key, sigma=self.sigma, first_sample=first_sample), t
 
     def level(self, t: torch.Tensor) -> torch.Tensor:
-        """sqrt(1 - abar_t) of the present schedule, in [0, 1): what a critic should be told of t [N] or [N, C]."""
+        """sqrt(1 - abar_t) of the present schedule, in [0, 1): what a critic should be told of t [N] or [N, C].
+
+        Raises: ValueError for a t that is no int64 tensor, or out of range; on CUDA that gives NaN.
+        """
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
+            got = t.dtype if isinstance(t, torch.Tensor) else repr(t)
+            raise ValueError(f"t must be an int64 tensor, got {got}")
         rows = self._tables.on(torch.empty(0, device=t.device))
         row = self._row(t)
         return (rows[row] if row.is_cpu else support.take(rows, row).view(*t.shape, 2))[..., 1]
@@ -331,6 +342,8 @@ class AdaptiveDiffusion(nn.Module):
             bounds = f"T_min..T_max = {self.T_min}..{self.T_max}"
             raise ValueError(f"T must be in {bounds}; the state has {int(T)}, of a module with other bounds")
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.offset is state_dict.get(f"{prefix}offset"):  # of assign=True: the caller's own
+            self.offset = self.offset.clone()
         self._place_rows()  # the state's are those of its own schedule, which may be of the other kind
 
     def extra_repr(self) -> str:

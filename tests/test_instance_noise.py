@@ -252,6 +252,9 @@ def test_a_state_of_another_schedule_is_placed_in_ones_own():
     stored = copy.deepcopy(rebuilt.state_dict())
     kept.load_state_dict(stored)
     assert int(kept.T) == 18 and float(kept.level(t)) == pytest.approx(math.sqrt(1 - abar(500, 3)), rel=1e-5)
+    given = copy.deepcopy(stored)
+    kept.load_state_dict(given, assign=True)
+    assert all(torch.equal(given[name], v) for name, v in stored.items()) and int(kept.offset) == 0
     rebuilt = dgf.AdaptiveDiffusion()
     rebuilt.load_state_dict(kept.state_dict())
     assert float(rebuilt.level(t)) == pytest.approx(math.sqrt(1 - abar(18, 3)), rel=1e-5)
@@ -373,6 +376,15 @@ def test_what_no_call_can_take_is_named():
     for outputs, got in ((torch.tensor(1.0), "a scalar"), (0.5, "float")):
         with pytest.raises(ValueError, match=rf"logits_real must be a tensor \[N, …\].*got {got}"):
             d.update(outputs)
+    for x, got in (([1.0, 2.0], "list"), (torch.tensor(1.0), "a scalar")):
+        with pytest.raises(ValueError, match=rf"x must be a tensor \[N, …\], got {got}"):
+            d(x)
+    for first in (1.5, -1, True):
+        with pytest.raises(ValueError, match=f"first_sample must be an int of at least 0, got {first}"):
+            d(torch.zeros(2, 2), key=1, first_sample=first)
+    for t, got in ((5, "5"), (torch.tensor([1.0]), "torch.float32")):
+        with pytest.raises(ValueError, match=f"t must be an int64 tensor, got {got}"):
+            d.level(t)
 
 
 def test_levels_beyond_T_are_refused():

@@ -324,20 +324,23 @@ def gaussian_study(tmp_path_factory):
 
 def test_all_arms_of_the_gaussians_have_equal_terms(gaussian_study):
     out, _, results = gaussian_study
-    assert {arm: len(seeds) for arm, seeds in results.items()} == {"gan": 2, "gan, R1": 2, "diffusion-gan, R1": 2}
+    arms = ["gan", "diffusion-gan", "gan, R1", "diffusion-gan, R1"]
+    assert {arm: len(seeds) for arm, seeds in results.items()} == dict.fromkeys(arms, 2)
     settings, sizes = [], []
-    for arm in ("gan", "gan-R1", "diffusion-gan-R1"):
+    for arm in ("gan", "diffusion-gan", "gan-R1", "diffusion-gan-R1"):
         run = dgf.load(out / arm / "seed-1")
         settings.append(run.method.config.to_dict())
         sizes.append({name: sum(p.numel() for p in run.state[name].parameters()) for name in ("generator", "critic")})
-    assert sizes[0] == sizes[1] == sizes[2]
-    plain, penalised, noisy = settings
-    assert {k for k in plain if plain[k] != penalised[k]} == {"r1_gamma", "r1_every"}
-    assert all(penalised[k] == noisy[k] for k in penalised)
+    assert all(size == sizes[0] for size in sizes)
+    for plain, penalised in (settings[0::2], settings[1::2]):
+        assert {k for k in plain if plain[k] != penalised[k]} == {"r1_gamma", "r1_every"}
+    for plain, noisy in (settings[:2], settings[2:]):
+        assert all(plain[k] == noisy[k] for k in plain)
     for seed in results["gan"]:
         assert 0 <= seed["modes"] <= 25 and seed["high_quality_real"] == pytest.approx(0.989, abs=0.03)
     html = (out / "report.html").read_text()
     assert "Missed: " in html and "Largest noise level T" in html and "Figure 5" in html
+    assert "sigma 3" in html and "r1_gamma 0.1" in html
 
 
 def test_complete_gaussians_are_reused_and_arms_stay_comparable(gaussian_study, monkeypatch):

@@ -138,6 +138,11 @@ class DiffusionGAN(GeneratorMethod):
                 "threshold must be a number for gan_loss='wgan', whose critic has no output between real and fake, "
                 "unless T_min is T_max; got None"
             )
+        if "critic" in given and c.condition != "auto":
+            raise ValueError(
+                f"condition must be auto for a critic of your own, which is called critic(y, t=t, level=level) and "
+                f"takes what it wants of them; got {c.condition!r}"
+            )
         return super().networks(given) | {"diffusion": diffusion}
 
     def make_critic(self):
@@ -150,6 +155,11 @@ class DiffusionGAN(GeneratorMethod):
             raise ValueError(
                 f"condition must be auto or none where each channel has its own level, as with noise='feature' as "
                 f"coded; got {kind!r}"
+            )
+        if as_coded and kind == "plane":
+            raise ValueError(
+                "condition must be auto, none, concat, projection or mapping as coded, where the critic is told t, "
+                f"which no channel holds; got {kind!r}"
             )
         if kind in ("none", "plane"):
             return super().make_critic(("x",) if kind == "none" else ("x", "level"))

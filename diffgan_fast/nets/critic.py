@@ -73,4 +73,6 @@ class Critic(nn.Module):
 
 def _plane(values: Tensor, x: Tensor) -> Tensor:
     """One number a sample, [N], as a channel of x."""
+    if values.shape != x.shape[:1]:
+        raise ValueError(f"t and level must be [{len(x)}] here, one a sample; got {list(values.shape)}")
     return values.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])

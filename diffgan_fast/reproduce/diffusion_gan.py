@@ -2,7 +2,9 @@
 
 DCGAN's and SNGAN's networks, each with the noise that the paper recommends and without, the two mixing distributions,
 a T that adapts or stays, and a schedule that is rebuilt for each T or fixed: several seeds, equal images, equal
-everything else. Published scores are of far longer runs on other features; only differences here mean anything.
+generators. A critic that is told the noise level has one hidden layer more than the plain GAN's, as in the paper; one
+that is not ("not-told") is the plain GAN's, and its difference the noise's alone. Published scores are of far longer
+runs on other features; only differences here mean anything.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gan": ("gan", {}),
     "diffusion-gan": ("diffusion-gan", {}),
+    "not-told": ("diffusion-gan", dict(condition="none")),
     "priority": ("diffusion-gan", dict(mixing="priority", T_max=1000)),
     "fixed-T": ("diffusion-gan", dict(T_min=500, T_max=500)),
     "fixed-schedule": ("diffusion-gan", dict(noise_schedule="fixed")),
@@ -39,8 +42,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 WHAT = {
     "gan": "no noise",
     "diffusion-gan": "the paper's starting point: T adapts in 5..500, uniform mixing, the schedule rebuilt for each T",
+    "not-told": "the same noise, and a critic that is not told its level: the plain GAN's to the last weight",
     "priority": "priority mixing, T in 5..1000 (Table 7)",
-    "fixed-T": "T = 500 from the first step (Figure 7)",
+    "fixed-T": "T = 500 from the first step (what Figure 7 asks, at the end of training)",
     "fixed-schedule": "T steps are the first of 500, as Equations 5 and 6 have it",
     "as-coded": "what the published code does: T in 10..1000, weights t - 1, the raw t to the critic, generator first",
 }
@@ -132,6 +136,7 @@ def _page(results: Results, first: dict[tuple[str, str], Run], data: str, n: int
     about = f"{data}, {kimg:g} thousand images of training each, {n:,} samples measured, averaged weights sampled."
     configs = dict.fromkeys(config for _, config in results)
     notes = [f"{config}: {WHAT[config]}." for config in configs]
+    notes.append("A critic that is told the noise level has a hidden layer of 128 more than gan's and not-told's.")
     notes.append("Scores are on features of this data set: compare them with each other, never with published ones.")
     table = report.html_table(*diffusion_gan_table(results)) + "".join(paragraph(note, "note") for note in notes)
     sections = [("", paragraph(about) + table)]

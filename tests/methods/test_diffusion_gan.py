@@ -28,13 +28,15 @@ def folded(key, name):
     return dgf.random.fold_in(key, name)
 
 
-@pytest.mark.parametrize("variant", ["paper", "as-coded"])
-def test_steps_are_those_of_the_algorithm(variant):
-    """Three steps of plain torch. Paper: critic, then generator, with the reals' t for the fakes. Code: the generator
-    first, each on its own z, and every t by itself. Both update T last."""
+@pytest.mark.parametrize("variant, r1_gamma", [("paper", 0.0), ("paper", 0.7), ("as-coded", 0.0), ("as-coded", 0.7)])
+def test_steps_are_those_of_the_algorithm(variant, r1_gamma):
+    """Six steps of plain torch. Paper: critic, then generator, with the reals' t for the fakes. Code: the generator
+    first, each on its own z, and every t by itself. Both update T last. R1 is of clean samples, through the noise that
+    the critic has just seen, in every second step and twice as heavy."""
     coded = variant == "as-coded"
     # T grows at once: all logits are above the threshold, which does not hang on how those near 0 are rounded
-    method, state = make(variant=variant, lr=1e-3, critic_lr=5e-4, ada_kimg=0.5, sigma=0.3, threshold=-5.0)
+    options = dict(lr=1e-3, critic_lr=5e-4, ada_kimg=0.5, sigma=0.3, threshold=-5.0, r1_gamma=r1_gamma, r1_every=2)
+    method, state = make(variant=variant, **options)
     generator, critic, d = (copy.deepcopy(state[name]) for name in ("generator", "critic", "diffusion"))
     g_adam, d_adam = adam(generator, 1e-3), adam(critic, 5e-4)
 
@@ -43,7 +45,7 @@ def test_steps_are_those_of_the_algorithm(variant):
         return critic(y, t=t, level=d.level(t)), t
 
     for key in range(6):
-        x0 = torch.randn(16, 2)
+        x0, state.step = torch.randn(16, 2), key
         logged = method.step(state, Batch(x0), key)
 
         def train_generator(fake, key=key):
@@ -60,8 +62,14 @@ def test_steps_are_those_of_the_algorithm(variant):
         on_real, t = judged(x0, None, folded(key, "real"))
         on_fake, _ = judged(fake.detach(), None if coded else t, folded(key, "fake"))
         d_loss = bce(on_real, 1.0) + bce(on_fake, 0.0)
+        total = d_loss
+        if r1_gamma and key % 2 == 0:
+            clean = x0.clone().requires_grad_()
+            logits, _ = judged(clean, t, folded(key, "real"))
+            (slope,) = torch.autograd.grad(logits.sum(), clean, create_graph=True)
+            total = d_loss + 2 * r1_gamma / 2 * slope.square().sum(1).mean()
         d_adam.zero_grad()
-        d_loss.backward()
+        total.backward()
         d_adam.step()
         if not coded:
             g_loss = train_generator(fake)
@@ -227,3 +235,11 @@ def test_few_data(tmp_path):
     assert run.history[-1]["step"] == 3
     a, b = (dgf.data.load("moons", subset=20).values for _ in range(2))
     assert torch.equal(a, b) and len(a) == 20
+
+
+def test_what_a_critic_cannot_be_told():
+    with pytest.raises(ValueError, match="condition must be auto, none, concat, .* as coded.*got 'plane'"):
+        make(variant="as-coded", condition="plane")
+    own = nets.MLPCritic(2, 8, 2)
+    with pytest.raises(ValueError, match=r"condition must be auto for a critic of your own.*got 'projection'"):
+        make(given={"critic": own}, condition="projection")

@@ -91,6 +91,8 @@ def test_inputs_are_concatenated_in_order():
     for plane, level in zip(joined[:, 4], (0.0, 0.5, 299 / 300), strict=True):
         assert torch.equal(plane, torch.full((16, 16), level))
     assert torch.equal(critic(x, T3, x_t), critic.main(joined).flatten())
+    with pytest.raises(ValueError, match=r"t and level must be \[3\] here, one a sample; got \[3, 2\]"):
+        critic(x, torch.ones(3, 2, dtype=torch.int64), x_t)
 
 
 def test_inputs_not_asked_for_are_ignored():
