@@ -82,4 +82,9 @@ def make_points(name: str, split: str) -> FloatData:
         split: "train" (seed 42, as in the source) or "test" (fresh points of the same law, seed 43).
     """
     modes = Modes(torch.from_numpy(GRID), GRID_STD) if name == "gaussians25" else None
-    return FloatData(torch.from_numpy(_MAKERS[name](*DRAWS[split]).astype(np.float32)), name=name, modes=modes)
+    return FloatData(draw_points(name, *DRAWS[split]), name=name, modes=modes)
+
+
+def draw_points(name: str, n: int, seed: int) -> torch.Tensor:
+    """float32 ``[n, 2]`` of the law of one of the data sets in :data:`POINTS`; each seed has its own points."""
+    return torch.from_numpy(_MAKERS[name](n, seed).astype(np.float32))

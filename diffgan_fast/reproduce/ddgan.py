@@ -7,6 +7,7 @@ models has the width at which a call takes as many multiply-accumulates as one o
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import time
 from bisect import bisect_left
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from diffgan_fast import data as data_sets
-from diffgan_fast import files, methods, nets
+from diffgan_fast import files, methods, nets, random
 from diffgan_fast.api import train
 from diffgan_fast.data.points import POINTS
 from diffgan_fast.engine import distributed
@@ -179,18 +180,27 @@ def _measured(run: Run, n: int, seed: int) -> Outcome:
 def _cost(run: Run, seed: int) -> Outcome:
     """What samples cost, of one process."""
     network = run.state.sampling_net(run.state.generating[0])
-    seconds, calls = [], []
-    hook = network.register_forward_hook(lambda _, given, out: calls.append([x[:1] for x in given]))
+    seconds, seen = [], []
+    hook = network.register_forward_hook(lambda _, given, out: seen.append([x[:1] for x in given]))
     for i in range(2):
         started = time.perf_counter()
         run.sample(TIMED, seed, first=i * TIMED)
         seconds.append(time.perf_counter() - started)
     hook.remove()
-    return {
-        "sample_seconds": min(seconds),
-        "nfe": len(calls) // 2,
-        "macs": nets.macs(network, *calls[0]),
-    }
+    return {"sample_seconds": min(seconds), "nfe": network_calls(run), "macs": nets.macs(network, *seen[0])}
+
+
+def network_calls(run: Run) -> int:
+    """How often the network is called for a batch: once a step, which the walk counts, or once where there is none.
+
+    A hook would not do: replays of a CUDA graph call nothing.
+    """
+    sample = run.method.sample
+    if "on_step" not in inspect.signature(sample).parameters:
+        return 1
+    states: list[int] = []  # t of each, and 0 at the end
+    sample(run.state, 1, random.key(0), on_step=lambda t, x: states.append(t))
+    return len(states) - 1
 
 
 @cache

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import diffgan_fast as dgf
 from diffgan_fast import cli, reproduce
 from diffgan_fast.reproduce import ddgan, ddgan_page
 
@@ -21,7 +22,7 @@ def tradeoff(tmp_path_factory):
         patch.setitem(ddgan.DDIM, "sample_steps", 4)
         patch.setattr(ddgan, "TIMED", 3)
         patch.setattr(ddgan_page, "DRAWN", 60)
-        patch.setattr("diffgan_fast.reproduce.study._lies_here", lambda name: False)
+        patch.setattr("diffgan_fast.reproduce.study.is_here", lambda name: False)
         study = dict(TRADEOFF, configs=[*ARMS[:1], "ddim-50", *ARMS[1:]], progress=False)
         yield out, study, reproduce.reproduce_ddgan(out, **study)
 
@@ -43,6 +44,20 @@ def test_every_model_is_measured_at_its_own_cost(tradeoff):
     stored = {name: json.loads((seeds[1]["path"] / "config.json").read_text()) for name, seeds in results.items()}
     assert all(config["seed"] == 1 and config["config"]["steps"] == 2 for config in stored.values())
     assert not stored["ddgan-no-latent"]["config"]["latent"] and stored["ddgan-2"]["config"]["T"] == 2
+
+
+def test_calls_that_a_graph_replays_count(tradeoff, monkeypatch):
+    class Replays:
+        def __init__(self, *args):
+            pass
+
+        def step(self, t, key):
+            return True
+
+    _, _, results = tradeoff
+    monkeypatch.setattr("diffgan_fast.sampling._worthwhile", lambda x, T: True)
+    monkeypatch.setattr("diffgan_fast.sampling._Captured", Replays)
+    assert ddgan.network_calls(dgf.load(results["ddpm-300"][0]["path"])) == 8
 
 
 def test_the_u_net_is_as_costly_as_the_generator(tradeoff):
@@ -70,7 +85,7 @@ def test_the_page_shows_the_trade_off(tradeoff):
 
 def test_a_measured_trade_off_is_not_measured_again(tradeoff, monkeypatch):
     out, study, results = tradeoff
-    monkeypatch.setattr("diffgan_fast.reproduce.study._lies_here", lambda name: False)
+    monkeypatch.setattr("diffgan_fast.reproduce.study.is_here", lambda name: False)
     monkeypatch.setattr("diffgan_fast.engine.loop.Loop._step", None)
     monkeypatch.setattr(ddgan, "_measured", None)
     assert reproduce.reproduce_ddgan(out, **study) == results

@@ -1,10 +1,11 @@
 """The parts of the picture of a denoising step, against closed forms of a Gaussian mixture."""
 
+import pytest
 import torch
 from scipy import stats
 
 import diffgan_fast as dgf
-from diffgan_fast.reproduce.denoising import gaussian_step, true_step
+from diffgan_fast.reproduce.denoising import compared, gaussian_step, true_step
 from tests import mixture
 
 S = dgf.Schedule.vp(4)
@@ -35,3 +36,13 @@ def test_the_gaussian_has_the_moments():
     assert (got.mean(0) - truth.mean(0)).abs().max() < 0.03
     assert (got.T.cov() - truth.T.cov()).abs().max() < 0.03
     assert stats.kstest(((got[:, 0] - truth[:, 0].mean()) / truth[:, 0].std()).numpy(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("data", ["ring", "gaussians25"])
+def test_true_draws_are_as_far_from_each_other_as_samples_of_one_law(data, tmp_path):
+    """At t = 1 too, where x_0 itself is drawn, and a point that is drawn twice spoils a divergence."""
+    options = dict(preset="points", width=8, critic_width=8, steps=1, sample_every=0, progress=False)
+    found = compared(dgf.train("ddgan", data, tmp_path / "run", **options), 5000)
+    assert list(found) == [f"t = {t}" for t in (4, 3, 2, 1)]
+    assert all(abs(step["kl"]["floor"]) < 0.08 for step in found.values())
+    assert found["t = 1"]["kl"]["ddgan"] > 0.3
