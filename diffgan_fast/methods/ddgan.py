@@ -110,7 +110,7 @@ class DDGANConfig(TrainConfig):
         "celeba256": dict(
             _LARGE, steps=750_000, batch_size=32, lr=2e-4, critic_lr=1e-4, r1_gamma=2.0, ema=0.9999, T=2, flip=True
         ),
-        "mnist": dict(critic_network="dcgan", steps=20_000),
+        "mnist": dict(steps=20_000),
         "points": dict(
             _AUTHORS, steps=10_000, batch_size=256, lr=3e-4, critic_lr=3e-4, r1_gamma=0.02, lazy_reg=15, ema=0.995,
             z_dim=8,
@@ -131,7 +131,7 @@ class DDGANConfig(TrainConfig):
         "auto", "preset of the images' generator (auto: by their size)"
     )
     critic_network: Literal["auto", "dcgan", "8", "28", "small", "large"] = option(
-        "auto", "preset of the images' critic, or DCGAN's, without norms (auto: that below 28 pixels, else by size)"
+        "auto", "preset of the images' critic, or DCGAN's, without norms (auto: that below 32 pixels, else by size)"
     )
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
@@ -189,8 +189,9 @@ class DDGAN(Method):
         c, told = self.config, dict[str, Any](inputs=("x", "x_t", "t"), T=self.config.T)
         if points:
             return nets.MLPCritic(self.shape[0], c.critic_width or 256, **told)
-        if c.critic_network == "dcgan" or (c.critic_network == "auto" and self.shape[1] < 28):
-            return nets.DCGANCritic(*self.shape[:2], width=c.critic_width or 64, depth=2, norm=None, **told)
+        if c.critic_network == "dcgan" or (c.critic_network == "auto" and self.shape[1] < 32):
+            shape: dict[str, Any] = dict(width=c.critic_width or 64, depth=2, norm=None, init="he")
+            return nets.DCGANCritic(*self.shape[:2], **shape, **told)
         preset = self._preset("critic_network", ["dcgan", *ddgan_critic.fitting(self.shape[1])], ddgan_critic.BY_SIZE)
         if c.critic_width is not None:
             raise ValueError(f"critic_width must be None for the authors' critic {preset!r}, got {c.critic_width}")

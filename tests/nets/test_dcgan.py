@@ -101,6 +101,17 @@ def test_inputs_not_asked_for_are_ignored():
     assert torch.equal(critic(x, t=T3, x_t=images(3, 1, 16, seed=2)), critic(x))
 
 
+def test_he_initialisation_keeps_the_size_of_activations():
+    torch.manual_seed(0)
+    critic = DCGANCritic(1, 28, depth=2, norm=None, init="he")
+    x = torch.randn(64, 1, 28, 28)
+    for layer in critic.main[:-1]:
+        x = layer(x)
+        if isinstance(layer, torch.nn.LeakyReLU):
+            assert 0.2 < x.square().mean() < 2  # pads take some
+    assert 0.2 < critic.main[-1](x).std() < 3
+
+
 def test_dcgan_initialisation():
     torch.manual_seed(0)
     for network in (DCGANCritic(3, 32, init="dcgan"), DCGANGenerator(3, 32)):
