@@ -139,7 +139,7 @@ class DDGANConfig(TrainConfig):
     critic_width: int | None = option(
         None, "channels of the first layer of DCGAN's critic, 64, or width of the critic of points, 256", low=1
     )
-    critic_lr: float = option(1e-3, "learning rate of the critic", low=0)
+    critic_lr: float = option(2e-3, "learning rate of the critic", low=0)
     critic_updates: int = option(1, "updates of the critic a step, each on new noise of the same samples", low=1)
     adam_beta1: float = option(0.0, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
     adam_beta2: float = option(0.99, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
