@@ -190,8 +190,8 @@ class DDGAN(Method):
         if points:
             return nets.MLPCritic(self.shape[0], c.critic_width or 256, **told)
         if c.critic_network == "dcgan" or (c.critic_network == "auto" and self.shape[1] < 32):
-            shape: dict[str, Any] = dict(width=c.critic_width or 64, depth=2, norm=None, init="he")
-            return nets.DCGANCritic(*self.shape[:2], **shape, **told)
+            width = c.critic_width or 64
+            return nets.DCGANCritic(*self.shape[:2], width=width, depth=2, norm=None, init="he", **told)
         preset = self._preset("critic_network", ["dcgan", *ddgan_critic.fitting(self.shape[1])], ddgan_critic.BY_SIZE)
         if c.critic_width is not None:
             raise ValueError(f"critic_width must be None for the authors' critic {preset!r}, got {c.critic_width}")
