@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from diffgan_fast.ops.closed import LAYERS
 from diffgan_fast.ops.conv import conv2d
 
 
@@ -27,3 +28,6 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
         return conv2d(input, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+
+
+LAYERS[Conv2d] = LAYERS[nn.Conv2d]  # for the closed form of gradient penalties

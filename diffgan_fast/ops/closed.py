@@ -35,8 +35,8 @@ def reason_against(net: nn.Module) -> str | None:
         return f"{type(net).__name__} has a forward or hooks of its own"
     for name, layer in net.named_children():
         what = f"layer {name!r} ({type(layer).__name__})"
-        if type(layer) not in _LAYERS:
-            return f"{what} is none of {', '.join(kind.__name__ for kind in _LAYERS)}"
+        if type(layer) not in LAYERS:
+            return f"{what} is none of {', '.join(dict.fromkeys(kind.__name__ for kind in LAYERS))}"
         if has_hooks(layer):
             return f"{what} has hooks"
         if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_var is None):
@@ -107,7 +107,7 @@ def _flatten(layer: nn.Flatten, x: torch.Tensor) -> _Piece:
     return _Piece(layer(x), layer, lambda s: s.reshape(x.shape))
 
 
-_LAYERS: dict[type[nn.Module], Callable[..., _Piece]] = {
+LAYERS: dict[type[nn.Module], Callable[..., _Piece]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
     nn.ReLU: _slope,
@@ -122,7 +122,7 @@ def _four_passes(net: nn.Sequential, x: torch.Tensor, judged: int, penalty: Pena
     pieces = []
     y = x
     for layer in net:
-        pieces.append(_LAYERS[type(layer)](layer, y))
+        pieces.append(LAYERS[type(layer)](layer, y))
         y = pieces[-1].output
     gradients = [torch.ones_like(y)]  # at every layer's output, from the last to the first
     for piece in reversed(pieces):

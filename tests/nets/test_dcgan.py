@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from diffgan_fast.nets import DCGANCritic, DCGANGenerator
+from diffgan_fast.ops import r1_penalty
 
 from .helpers import count, images, randomise
 
@@ -172,3 +173,13 @@ def test_bad_calls_are_named():
         DCGANGenerator(1, 28)(torch.randn(2, 64))
     with pytest.raises(ValueError, match="size is 29"):
         DCGANGenerator(1, 29)
+
+
+def test_a_deep_critic_has_its_penalty_in_closed_form():
+    critic = DCGANCritic(1, 8, width=32, depth=2, norm=None).to(memory_format=torch.channels_last)
+    x = images(4, 1, 8).contiguous(memory_format=torch.channels_last)
+    got, want = r1_penalty(critic, x), r1_penalty(lambda x: critic(x), x)
+    assert "Closed" in type(got.grad_fn).__name__ and "Closed" not in type(want.grad_fn).__name__
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    for g, w in zip(*(torch.autograd.grad(v, list(critic.parameters())) for v in (got, want)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
