@@ -202,11 +202,8 @@ class AdaptiveDiffusion(nn.Module):
         Gradients: with respect to x, every order, forward mode too.
         Raises: ValueError for arguments of the wrong shape, type, device or range. On CUDA a t out of range gives NaN.
         """
-        if not isinstance(x, torch.Tensor) or x.dim() == 0:
-            got = "a scalar" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor [N, …], got {got}")
-        if isinstance(first_sample, bool) or not isinstance(first_sample, int) or first_sample < 0:
-            raise ValueError(f"first_sample must be an int of at least 0, got {first_sample!r}")
+        x = support.dense(x, "x")
+        support.first_element(first_sample, x)  # for its error, before anything is drawn
         if key is None:
             key = self._next_key()
         if t is None:

@@ -147,10 +147,9 @@ def _page(results: Results, runs: dict[tuple[str, int], Run], n: int) -> str:
         f"sampled. {n:,} samples measured."
     )
     own = [
-        f"{arm}: " + (", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                                for name, value in settings.items()) or "nothing beside") + "."
+        f"{arm}: {', '.join(f'{name} {value}' for name, value in settings.items()) or 'nothing beside'}."
         for arm, (_, settings) in ARMS.items()
-    ]  # fmt: skip
+    ]
     notes = (
         "A sample is of high quality within three standard deviations (0.15) of a centre; a mode is captured by 20 of "
         "them.",
