@@ -450,7 +450,7 @@ def reproduce_diffusion_gan(
     out: Annotated[Path, typer.Option(help="directory of the study")] = Path("runs/reproduce-diffusion-gan"),
     data: Pictures = None,
     network: Annotated[
-        list[str] | None, typer.Option(help="dcgan or sngan, may be given often [default: both]")
+        list[str] | None, typer.Option(help="dcgan, sngan or stylegan2, may be given often [default: the first two]")
     ] = None,
     config: Annotated[list[str] | None, typer.Option(help="configuration, may be given often [default: all]")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each, with seeds from 0 on")] = 3,

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffgan_fast import random, report
-from diffgan_fast.engine import Batch, Method, TrainingError, out_of_memory, precision
+from diffgan_fast.engine import Batch, Method, TrainingError, out_of_memory, precision, sample_group
 from diffgan_fast.engine.memory import free_memory
 from diffgan_fast.run import build
 
@@ -176,8 +176,7 @@ def largest_batch(
     if room < each:
         raise TrainingError(f"not even one sample fits into the free memory of {device}")
     fitting = max(1, min(most, int(room / each)))
-    layers = (layer for net in method.networks(networks()).values() for layer in net.modules())
-    group = max(getattr(layer, "sample_group", 1) for layer in layers)  # samples that a critic compares
+    group = sample_group(method.networks(networks()).values())
     return fitting if fitting < group else fitting - fitting % group
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from diffgan_fast import backends
 from diffgan_fast import data as data_sets
-from diffgan_fast.engine import Method, precision
+from diffgan_fast.engine import Method, precision, sample_group
 from diffgan_fast.methods import find as find_method
 from diffgan_fast.methods.diffusion import DENOISER_OPTIONS
 from diffgan_fast.methods.gan import GAN
@@ -86,6 +86,11 @@ def resolve(method, data, preset, base, critic, model, generator, device, subset
         made = instance.networks(given)
     if unused := given.keys() - made.keys():
         raise ValueError(f"{', '.join(sorted(unused))} must be None: method {method!r} has no such network")
+    n, group = config.batch_size, sample_group(made.values())
+    if n > group and n % group:
+        raise ValueError(
+            f"batch_size must be at most {group}, the group that the critic compares, or a multiple; got {n}"
+        )
     return Start(instance, source, train_data, size, where, given, base, judge)
 
 

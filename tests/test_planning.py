@@ -131,6 +131,13 @@ def test_the_largest_batch_has_whole_groups_of_what_the_critic_compares(monkeypa
     assert [planning.largest_batch(method, dict, 0, CPU, most) for most in (3, 7, 9)] == [3, 4, 8]
 
 
+def test_a_batch_has_whole_groups_of_what_the_critic_compares():
+    for method, options in (("ddgan", dict(critic_network="8", width=8)), ("gan", dict(network="stylegan2", width=8))):
+        with pytest.raises(ValueError, match="^batch_size must be at most 4, the group that .*, or a multiple; got 6"):
+            dgf.plan(method, data="digits", batch_size=6, **options)
+        assert dgf.plan(method, data="digits", batch_size=3, **options).rows
+
+
 def test_an_automatic_batch_size_is_kept_on_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
     options = dict(width=8, T=4, subset=16, progress=False, sample_every=0)

@@ -5,7 +5,7 @@ from diffgan_fast.engine.feed import Feed
 from diffgan_fast.engine.loop import Loop, TrainingError, out_of_memory
 from diffgan_fast.engine.method import Batch, Method
 from diffgan_fast.engine.optim import FlatAdamW
-from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch, together
+from diffgan_fast.engine.state import State, evaluating, frozen, measures_batch, sample_group, together
 from diffgan_fast.engine.steps import Steps
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "measures_batch",
     "option",
     "out_of_memory",
+    "sample_group",
     "together",
 ]

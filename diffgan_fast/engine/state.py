@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -160,7 +160,11 @@ def together(state: State, samples: int) -> Iterator[None]:
         net.load_state_dict(weights)
     try:
         for name, net in state.nets.items():
-            _check_groups(name, net, samples)
+            if samples % (group := sample_group([net])):
+                raise ValueError(
+                    f"batch_size must give each of {distributed.size()} processes a multiple of {group} samples, the "
+                    f"group that network {name!r} compares; got {samples * distributed.size()}"
+                )
             batch_norm.share(net)
         state.exchange = distributed.mean
         yield
@@ -170,13 +174,9 @@ def together(state: State, samples: int) -> Iterator[None]:
             batch_norm.unshare(net)
 
 
-def _check_groups(name: str, net: nn.Module, samples: int) -> None:
-    for layer in net.modules():
-        if samples % (group := getattr(layer, "sample_group", 1)):
-            raise ValueError(
-                f"batch_size must give each of {distributed.size()} processes a multiple of {group} samples, the group "
-                f"that network {name!r} compares; got {samples * distributed.size()}"
-            )
+def sample_group(nets: Iterable[nn.Module]) -> int:
+    """How many samples a network compares at once: the largest group of any layer, 1 where each is seen by itself."""
+    return max(getattr(layer, "sample_group", 1) for net in nets for layer in net.modules())
 
 
 @contextmanager

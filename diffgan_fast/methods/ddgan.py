@@ -165,16 +165,10 @@ class DDGAN(Method):
         points = len(self.shape) == 1
         if not points and self.shape[1] != self.shape[2]:
             raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
-        made = {
+        return {
             "generator": given["generator"] if "generator" in given else self._generator(points),
             "critic": given["critic"] if "critic" in given else self._critic(points),
         }
-        group, n = getattr(made["critic"], "sample_group", 1), self.config.batch_size
-        if n > group and n % group:
-            raise ValueError(
-                f"batch_size must be at most {group}, the group that the critic compares, or a multiple; got {n}"
-            )
-        return made
 
     def _generator(self, points: bool) -> nn.Module:
         c, told = self.config, dict[str, Any](T=self.config.T, z_dim=self.config.z_dim)

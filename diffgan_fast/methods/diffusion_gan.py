@@ -23,6 +23,9 @@ from diffgan_fast.engine import Batch, State, frozen, option
 from diffgan_fast.instance_noise import AdaptiveDiffusion, Preset, Rebuilt, Variant
 from diffgan_fast.methods.generator import GeneratorConfig, GeneratorMethod
 
+JOINING = {"mlp": "plane", "stylegan2": "mapping"}  # how the authors' critics are told the level; others: "concat"
+LEVEL_LAYERS: dict[str, Literal["spectral", "equalised"]] = {"sngan": "spectral", "stylegan2": "equalised"}
+
 
 class BehindNoise(nn.Module):
     """A critic of clean samples: the noiser, then the critic of noisy ones, which is told t and its level."""
@@ -110,7 +113,8 @@ class DiffusionGANConfig(GeneratorConfig):
     condition: Literal["auto", "none", "plane", "concat", "projection", "mapping"] = option(
         "auto",
         "how the critic is told the noise level: not, as a channel of its input, beside its features, by a projection "
-        "of them, or by a mapping network (auto: plane for points, else concat; as coded mapping, for features none)",
+        "of them, or by a mapping network (auto: plane for points, mapping for StyleGAN2, else concat; as coded "
+        "mapping, for features none)",
     )
 
 
@@ -150,7 +154,7 @@ class DiffusionGAN(GeneratorMethod):
         by_channel = as_coded and self.config.noise == "feature"
         if kind == "auto":
             coded = "none" if by_channel else "mapping"
-            kind = coded if as_coded else "plane" if self.kind == "mlp" else "concat"
+            kind = coded if as_coded else JOINING.get(self.kind, "concat")
         if by_channel and kind != "none":
             raise ValueError(
                 f"condition must be auto or none where each channel has its own level, as with noise='feature' as "
@@ -165,9 +169,9 @@ class DiffusionGAN(GeneratorMethod):
             return super().make_critic(("x",) if kind == "none" else ("x", "level"))
         plain = super().make_critic()
         features = nn.Sequential(*plain.main[:-1], nn.Flatten())
-        spectral = self.kind == "sngan"
+        layers = LEVEL_LAYERS.get(self.kind, "plain")
         dim = 512 if as_coded else 128
-        return nets.LevelCritic(features, plain.features, kind, dim=dim, as_coded=as_coded, spectral=spectral)
+        return nets.LevelCritic(features, plain.features, kind, dim=dim, as_coded=as_coded, layers=layers)
 
     def step(self, state: State, batch: Batch, key: random.Key):
         generator, x0, first = state["generator"], batch.x, batch.first_sample
@@ -182,7 +186,7 @@ class DiffusionGAN(GeneratorMethod):
 
         def train_generator(fake):
             logged["generator_loss"] = _generator_side(judge, fake, key, kind, first)
-            state.update("generator", logged["generator_loss"])
+            state.update("generator", self.smoothed(state, logged["generator_loss"], len(x0), key, first))
 
         fake = generate()
         if as_coded:

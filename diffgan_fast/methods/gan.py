@@ -62,5 +62,6 @@ class GAN(GeneratorMethod):
         loss, fooled, (on_real, on_fake) = losses(generator, critic, batch.x, z, gan_loss=self.config.gan_loss)
         state.update("critic", self.penalised(state, loss, critic, batch.x))
         logged = {"critic_loss": loss, "generator_loss": fooled()}
-        state.update("generator", logged["generator_loss"])
+        n, first = len(batch.x), batch.first_sample
+        state.update("generator", self.smoothed(state, logged["generator_loss"], n, key, first))
         return logged | {"real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}

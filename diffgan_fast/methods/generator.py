@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
 from diffgan_fast import nets, random
 from diffgan_fast.adversarial import GanLoss
-from diffgan_fast.engine import FlatAdamW, Method, State, TrainConfig, evaluating, option
+from diffgan_fast.engine import FlatAdamW, Method, State, TrainConfig, distributed, evaluating, option, precision
 from diffgan_fast.nets.mlp import SLOPE
+from diffgan_fast.nets.stylegan2 import PathLength
 from diffgan_fast.ops import r1_penalty
 
-WIDTHS = {"dcgan": (64, 64), "sngan": (256, 128), "mlp": (128, 128)}  # of generator and critic
+# of generator and critic
+WIDTHS = {"dcgan": (64, 64), "sngan": (256, 128), "mlp": (128, 128), "stylegan2": (512, 512)}
+PATH_EVERY = 4  # steps between path length penalties
+SMALL = 64  # pixels up to which StyleGAN2 has two mapping layers, else eight, and a critic without skip connections
 
 # Settings that both arms of a comparison have in common
 PRESETS: dict[str, dict[str, Any]] = {
@@ -23,7 +28,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dcgan": dict(steps=93750, batch_size=64, lr=2e-4, critic_lr=2e-4, z_dim=100, ema=0.0),
     # Miyato et al. 2018 on CIFAR-10, with one update of the critic a step where they have five
     "sngan": dict(network="sngan", gan_loss="hinge", z_dim=128, adam_beta1=0.0, adam_beta2=0.9, kimg=6400.0),
-}
+    # StyleGAN2 on CIFAR-10 in Wang et al. 2023: rates as lazy penalties scale them, 4/5 and 16/17 of 0.0025
+    "stylegan2": dict(
+        network="stylegan2", z_dim=512, lr=2e-3, critic_lr=2.353e-3, adam_beta1=0.0, adam_beta2=0.99, r1_gamma=0.01,
+        ema=0.9999, flip=True, kimg=25_000.0,
+    ),
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -39,15 +49,18 @@ class GeneratorConfig(TrainConfig):
     )
     adam_beta1: float = option(0.5, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
     adam_beta2: float = option(0.999, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
-    network: Literal["auto", "dcgan", "sngan", "mlp"] = option(
-        "auto", "generator and critic: DCGAN's, SNGAN's residual ones, or MLPs for points (auto: DCGAN or MLP)"
+    network: Literal["auto", "dcgan", "sngan", "stylegan2", "mlp"] = option(
+        "auto",
+        "generator and critic: DCGAN's, SNGAN's residual ones, StyleGAN2's, or MLPs for points (auto: DCGAN or MLP)",
     )
     z_dim: int = option(100, "length of the latent z", low=1)
     width: int | None = option(
-        None, "width of the generator's layers: DCGAN's before the last, 64; SNGAN's, 256; the MLP's, 128", low=1
+        None,
+        "width of the generator's layers: DCGAN's before the last, 64; SNGAN's, 256; StyleGAN2's, 512; the MLP's, 128",
+        low=1,
     )
     critic_width: int | None = option(
-        None, "width of the critic's layers: DCGAN's first, 64; SNGAN's, 128; the MLP's, 128", low=1
+        None, "width of the critic's layers: DCGAN's first, 64; SNGAN's, 128; StyleGAN2's, 512; the MLP's, 128", low=1
     )
     layers: int = option(2, "hidden layers of the MLPs", low=1)
     critic_layers: int | None = option(None, "hidden layers of the critic's MLP (none: as the generator's)", low=1)
@@ -55,6 +68,12 @@ class GeneratorConfig(TrainConfig):
     gan_loss: GanLoss = option("nonsaturating", "loss of the critic and the generator")
     r1_gamma: float = option(0.0, "weight of the R1 penalty: gamma/2 E|grad D|^2 at real samples (0: none)", low=0)
     r1_every: int = option(16, "steps between R1 penalties, each of which counts for all of them", unit="steps", low=1)
+    path_length: float = option(
+        0.0, "weight of StyleGAN2's path length penalty, 2 in its paper, in every fourth step (0: none)", low=0
+    )
+    style_mixing: float = option(
+        0.0, "StyleGAN2: part of the batches whose styles come from two z, 0.9 in its paper", low=0, high=1
+    )
 
 
 class GeneratorMethod(Method):
@@ -89,10 +108,15 @@ class GeneratorMethod(Method):
         return self.config.width or usual[0], self.config.critic_width or usual[1]
 
     def networks(self, given):
-        return {
+        c = self.config
+        made = {
             "generator": given["generator"] if "generator" in given else self.make_generator(),
             "critic": given["critic"] if "critic" in given else self.make_critic(),
         }
+        for name, value in (("path_length", c.path_length), ("style_mixing", c.style_mixing)):
+            if value and not isinstance(made["generator"], nets.StyleGAN2Generator):
+                raise ValueError(f"{name} must be 0 for a generator that is not StyleGAN2's; got {value}")
+        return made | ({"path_length": PathLength()} if c.path_length else {})
 
     def make_generator(self) -> nn.Module:
         """A new generator for this data."""
@@ -102,6 +126,11 @@ class GeneratorMethod(Method):
         channels, size, _ = self.shape
         if kind == "sngan":
             return nets.SNGANGenerator(channels, size, z_dim=z_dim, width=width)
+        if kind == "stylegan2":
+            mapping, mixing = 2 if size <= SMALL else 8, self.config.style_mixing
+            return nets.StyleGAN2Generator(
+                channels, size, z_dim=z_dim, width=width, latent=width, mapping=mapping, mixing=mixing
+            )
         return nets.DCGANGenerator(channels, size, z_dim=z_dim, width=width)
 
     def make_critic(self, inputs: tuple[str, ...] = ("x",)) -> nets.Critic:
@@ -113,6 +142,8 @@ class GeneratorMethod(Method):
         channels, size, _ = self.shape
         if kind == "sngan":
             return nets.SNGANCritic(channels, size, width=width, inputs=inputs)
+        if kind == "stylegan2":
+            return nets.StyleGAN2Critic(channels, size, width=width, residual=size > SMALL, inputs=inputs)
         norm = None if self.config.critic_norm == "none" else self.config.critic_norm
         return nets.DCGANCritic(channels, size, width=width, norm=norm, inputs=inputs, init="dcgan")
 
@@ -127,8 +158,9 @@ class GeneratorMethod(Method):
         return random.normal((n, z_dim), random.fold_in(key, name), first=first_sample * z_dim, device=device)
 
     def phase(self, step):
-        """Whether the step has a penalty."""
-        return self.config.r1_gamma > 0 and step % self.config.r1_every == 0
+        """Whether the step has an R1 penalty, and whether it has one of path lengths."""
+        c = self.config
+        return c.r1_gamma > 0 and step % c.r1_every == 0, c.path_length > 0 and step % PATH_EVERY == 0
 
     def penalised(self, state: State, loss: torch.Tensor, critic: Callable, x0: torch.Tensor, **cond) -> torch.Tensor:
         """The critic's loss, with the R1 penalty at x0 where this step has one.
@@ -136,9 +168,27 @@ class GeneratorMethod(Method):
         One in `r1_every` steps has it, with as many times the weight (StyleGAN2: Karras et al. 2020, Appendix B).
         """
         c = self.config
-        if not self.phase(state.step):
+        if not self.phase(state.step)[0]:
             return loss
         return loss + c.r1_every * c.r1_gamma / 2 * r1_penalty(critic, x0, **cond)
+
+    def smoothed(self, state: State, loss: torch.Tensor, n: int, key: random.Key, first_sample: int) -> torch.Tensor:
+        """The generator's loss, with the path length penalty where this step has one: as `penalised`.
+
+        Samples of an even number are penalised, half of a batch, on z of their own (Karras et al. 2020, App. B).
+        """
+        if not self.phase(state.step)[1]:
+            return loss
+        generator, path, shape = state["generator"], cast(PathLength, state["path_length"]), (n, *self.shape)
+        z = self.draw_z(n, key, first_sample, loss.device, "z of the path")
+        noise_key, numbers = random.fold_in(key, "path"), math.prod(self.shape)
+        noise = random.normal(shape, noise_key, first=first_sample * numbers, device=loss.device)
+        even = slice(first_sample % 2 if n > 1 else 0, None, 2)
+        with precision.full(loss.device):
+            lengths = path(cast(nets.StyleGAN2Generator, generator), z[even], noise[even])
+        penalty = (lengths - path.mean).square().mean()
+        path.follow(distributed.mean(lengths.detach().mean()))
+        return loss + PATH_EVERY * self.config.path_length * penalty
 
     @torch.no_grad()
     def sample(self, state, n, key, *, first=0, ema=True, labels=None):

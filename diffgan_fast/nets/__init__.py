@@ -12,6 +12,7 @@ from .macs import macs
 from .mlp import DDGANPointGenerator, MLPCritic, MLPDenoiser, MLPGenerator
 from .sngan import SNGANCritic, SNGANGenerator
 from .student import StudentUNet
+from .stylegan2 import StyleGAN2Critic, StyleGAN2Generator
 from .unet import UNet
 from .weights import load_weights
 
@@ -31,6 +32,8 @@ __all__ = [
     "SNGANCritic",
     "SNGANGenerator",
     "StudentUNet",
+    "StyleGAN2Critic",
+    "StyleGAN2Generator",
     "UNet",
     "from_diffusers",
     "init_dcgan",

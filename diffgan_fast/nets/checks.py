@@ -39,3 +39,16 @@ def preset_for(size: int, preset: str | None, presets: Collection[str], by_size:
     if preset not in presets:
         raise ValueError(f"preset is {preset!r}; it may be {', '.join(presets)}, or None for the one made for the size")
     return preset
+
+
+def resolutions(size: int) -> list[int]:
+    """From the smallest image that doubling leads to `size` from, of 4 pixels or an odd number, up to `size`.
+
+    Raises ValueError if there is no such image of less than 16 pixels, or size is below 8.
+    """
+    found = [size]
+    while found[0] > 4 and found[0] % 2 == 0:
+        found.insert(0, found[0] // 2)
+    if size < 8 or len(found) == 1 or found[0] > 15:
+        raise ValueError(f"size is {size}; it must be 4 or an odd number below 16, times a power of 2, at least 8")
+    return found

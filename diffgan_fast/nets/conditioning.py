@@ -10,29 +10,22 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .checks import check_at_least
 from .embedding import sinusoidal
+from .equalised import SLOPE, EqualisedLinear, leaky
 
 Joining = Literal["concat", "projection", "mapping"]
 
+Layers = Literal["plain", "spectral", "equalised"]
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "plain": nn.Linear,
+    "spectral": lambda here, out: spectral_norm(nn.Linear(here, out)),
+    "equalised": EqualisedLinear,
+}
+
 SCALE = 1000.0  # of the level before its sines and cosines, whose frequencies are made for steps up to 1000
-SLOPE = 0.2  # of all LeakyReLUs
-
-
-class _Equalised(nn.Module):
-    """StyleGAN2's linear layer: weights N(0, 1)/rate, scaled by rate/sqrt(in) at run time, so that it learns at `rate`
-    times the optimiser's."""
-
-    def __init__(self, here: int, out: int, rate: float = 1.0):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(out, here) / rate), nn.Parameter(torch.zeros(out))
-        self.scale, self.rate = rate / here**0.5, rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight * self.scale, self.bias * self.rate)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -56,7 +49,7 @@ class LevelEmbedding(nn.Module):
         super().__init__()
         check_at_least(1, dim=dim)
         self.as_coded = as_coded
-        self.linear = _Equalised(1, dim) if as_coded else nn.Linear(128, dim)
+        self.linear = EqualisedLinear(1, dim) if as_coded else nn.Linear(128, dim)
 
     def forward(self, t: Tensor | None, level: Tensor | None) -> Tensor:
         """[N, dim] from t int64 [N] (as coded) or from the level [N] in [0, 1]."""
@@ -83,7 +76,7 @@ class LevelCritic(nn.Module):
             of the embedding, over sqrt(dim) (StyleGAN2, where the level takes the place of the class).
         dim: length of the embedding, and width of the hidden or mapping layers; with "projection" it is `width`.
         as_coded: embed the raw integer t, and map it by eight layers of a hundredth of the learning rate.
-        spectral: spectral norm in the layers that see features.
+        layers: those that see features: "plain", "spectral" (with spectral norm) or "equalised" (StyleGAN2's).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -97,23 +90,24 @@ class LevelCritic(nn.Module):
         *,
         dim: int = 128,
         as_coded: bool = False,
-        spectral: bool = False,
+        layers: Layers = "plain",
     ):
         super().__init__()
         check_at_least(1, width=width, dim=dim)
         if joining not in get_args(Joining):
             raise ValueError(f"joining must be one of {', '.join(get_args(Joining))}; got {joining!r}")
-        norm: Callable[[nn.Module], nn.Module] = spectral_norm if spectral else lambda layer: layer
+        if layers not in LAYERS:
+            raise ValueError(f"layers must be one of {', '.join(LAYERS)}; got {layers!r}")
+        layer = LAYERS[layers]
         self.features, self.joining = features, joining
         self.embedding = LevelEmbedding(width if joining == "projection" else dim, as_coded=as_coded)
         if joining == "concat":
-            hidden, last = norm(nn.Linear(width + dim, dim)), norm(nn.Linear(dim, 1))
-            self.head: nn.Module = nn.Sequential(hidden, nn.LeakyReLU(SLOPE), last)
+            self.head: nn.Module = nn.Sequential(layer(width + dim, dim), nn.LeakyReLU(SLOPE), layer(dim, 1))
         else:
-            self.head = norm(nn.Linear(width, dim if joining == "mapping" else 1))
+            self.head = layer(width, dim if joining == "mapping" else 1)
         if joining == "mapping":
-            layers = [_Equalised(dim, dim, 0.01 if as_coded else 1.0) for _ in range(8 if as_coded else 2)]
-            self.mapping = nn.ModuleList(layers)
+            rate, depth = (0.01, 8) if as_coded else (1.0, 2)
+            self.mapping = nn.ModuleList(EqualisedLinear(dim, dim, rate) for _ in range(depth))
 
     def forward(self, x: Tensor, t: Tensor | None = None, level: Tensor | None = None, **_) -> Tensor:
         """The logits, high where the critic believes that the clean x is real.
@@ -134,6 +128,6 @@ class LevelCritic(nn.Module):
             return self.head(torch.cat((h, embedded.to(h.dtype)), 1)).flatten()
         if self.joining == "projection":
             return self.head(h).flatten() + (h * embedded).sum(1) / h.shape[1] ** 0.5
-        for layer in self.mapping:
-            embedded = leaky_relu(layer(embedded), SLOPE) * 2**0.5
+        for mapping in self.mapping:
+            embedded = leaky(mapping(embedded))
         return (self.head(h) * embedded).sum(1) / embedded.shape[1] ** 0.5

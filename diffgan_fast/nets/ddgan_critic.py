@@ -52,15 +52,16 @@ def leaky(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 
 
-def minibatch_deviation(x: Tensor) -> Tensor:
+def minibatch_deviation(x: Tensor, group: int = GROUP) -> Tensor:
     """`x` with one further channel: how much the samples of a group differ, √(variance + 1e-8) averaged over all else.
 
-    Samples 4k … 4k + 3 are a group, so that in the global batch the groups are the same however it is divided among
-    processes or micro-batches, if each takes a multiple of 4. (The reference groups n, n + N/4, n + N/2 and n + 3N/4:
-    for a random batch the same statistic.) Fewer than 4 samples are one group.
+    With 4 a group, samples 4k … 4k + 3 are one, so that in the global batch the groups are the same however it is
+    divided among processes or micro-batches, if each takes a multiple of 4. (The reference groups n, n + N/4, n + N/2
+    and n + 3N/4: for a random batch the same statistic.) Fewer samples than a group has are one group.
 
     Args:
-        x: [N, C, H, W]; N at most 4, or a multiple of 4.
+        x: [N, C, H, W]; N at most `group`, or a multiple of it.
+        group: samples that are compared.
 
     Returns:
         [N, C + 1, H, W].
@@ -70,12 +71,14 @@ def minibatch_deviation(x: Tensor) -> Tensor:
 
     Source: Karras et al. 2018, §3; in groups: Karras et al. 2020, and their code.
     """
-    n = len(x)
-    if n == 0 or n % min(n, GROUP):
-        raise ValueError(f"x holds {n} samples; a critic that compares them in groups takes 1 to 4, or a multiple of 4")
-    groups = x.unflatten(0, (-1, min(n, GROUP))).to(torch.promote_types(x.dtype, torch.float32))
+    n, size = len(x), min(len(x), group)
+    if n == 0 or n % size:
+        raise ValueError(
+            f"x holds {n} samples; a critic that compares them in groups takes 1 to {group}, or a multiple of {group}"
+        )
+    groups = x.unflatten(0, (-1, size)).to(torch.promote_types(x.dtype, torch.float32))
     deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
-    channel = deviation.repeat_interleave(min(n, GROUP)).to(x.dtype)
+    channel = deviation.repeat_interleave(size).to(x.dtype)
     return torch.cat([x, channel[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
 
 

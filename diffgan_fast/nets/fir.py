@@ -24,9 +24,13 @@ def _per_channel(x: Tensor) -> Tensor:
     return _kernel(x.dtype, x.device).expand(x.shape[1], 1, 4, 4)
 
 
-def fir_blur(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, H + 1, W + 1]: filtered. A 3x3 conv of stride 2 then halves it."""
-    return F.conv2d(x, _per_channel(x), padding=2, groups=x.shape[1])
+def fir_blur(x: Tensor, *, padding: int = 2, gain: float = 1.0) -> Tensor:
+    """[N, C, H, W] -> [N, C, H + 2 padding - 3, …]: filtered, times `gain`.
+
+    As it is, it comes before a 3x3 conv of stride 2, which then halves the image. With padding=1 and gain=4 it comes
+    after a transposed one of 3x3 and stride 2, which together double it.
+    """
+    return F.conv2d(x, gain * _per_channel(x), padding=padding, groups=x.shape[1])
 
 
 def fir_down(x: Tensor) -> Tensor:

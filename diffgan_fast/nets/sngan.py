@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .checks import check_at_least, check_images, check_latents
+from .checks import check_at_least, check_images, check_latents, resolutions
 from .conv import Conv2d
 from .critic import Critic, is_main_of_join
 
@@ -134,17 +134,14 @@ class SNGANGenerator(nn.Module):
     def __init__(self, channels: int, size: int, *, z_dim: int = 128, width: int = 256):
         super().__init__()
         check_at_least(1, channels=channels, z_dim=z_dim, width=width)
-        bottom, doublings = size, 0
-        while bottom > 4 and bottom % 2 == 0:
-            bottom, doublings = bottom // 2, doublings + 1
-        if size < 8 or not doublings or bottom > 15:
-            raise ValueError(f"size is {size}; it must be 4 or an odd number below 16, times a power of 2, at least 8")
+        sizes = resolutions(size)
+        bottom = sizes[0]
         self.z_dim, self.width, self.bottom = z_dim, width, bottom
         self.first = nn.Linear(z_dim, width * bottom**2)
         nn.init.xavier_uniform_(self.first.weight)
         nn.init.zeros_(self.first.bias)
         last = _conv(width, channels, 3)
-        blocks = [_Block(width, width, +1, normed=True) for _ in range(doublings)]
+        blocks = [_Block(width, width, +1, normed=True) for _ in sizes[1:]]
         self.main = nn.Sequential(*blocks, nn.BatchNorm2d(width), nn.ReLU(), last, nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from diffgan_fast.run import build
 
 CHAIN = dict(critic_width=4, T=3, width=8, critic_start="scratch")
 GAN = dict(width=8, critic_width=8, z_dim=8)
+STYLES = dict(GAN, network="stylegan2", r1_gamma=1.0, r1_every=2, path_length=2.0, style_mixing=0.5, critic_lr=1e-5)
 # at the usual rate Adam's first steps, of gradients that are mostly rounding, lead far apart
 AS_CODED = dict(GAN, variant="as-coded", critic_lr=1e-5)
 # name -> (method, shape of a sample, options)
@@ -31,10 +32,12 @@ CASES = {
     "gan": ("gan", (1, 8, 8), GAN),
     "gan, R1": ("gan", (1, 8, 8), dict(GAN, r1_gamma=1.0, r1_every=2, critic_norm="layer")),
     "gan, residual": ("gan", (1, 8, 8), dict(GAN, network="sngan", gan_loss="hinge")),
+    "gan, StyleGAN2, R1": ("gan", (1, 8, 8), STYLES),
     "ddgan": ("ddgan", (1, 8, 8), dict(T=2, lazy_reg=2, width=8, z_dim=8, lr=1e-5, critic_lr=1e-5)),
     "ddgan, two updates": ("ddgan", (2,), dict(T=2, lazy_reg=2, width=16, z_dim=4, critic_updates=2, lr=1e-4)),
     "ddgan of points": ("ddgan", (2,), dict(T=2, lazy_reg=2, width=16, z_dim=4)),
     "diffusion-gan": ("diffusion-gan", (1, 8, 8), GAN),
+    "diffusion-gan, StyleGAN2, R1": ("diffusion-gan", (1, 8, 8), STYLES),
     "diffusion-gan, as coded": ("diffusion-gan", (2,), dict(AS_CODED, r1_gamma=1.0, r1_every=2)),
 }
 KEY = random.key(3)

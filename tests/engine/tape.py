@@ -30,7 +30,7 @@ class _Tape(TorchDispatchMode):
         return out
 
     def replay(self):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # its casts are on the tape
             for func, args, kwargs, out in self.calls:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):

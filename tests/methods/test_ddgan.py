@@ -359,11 +359,6 @@ def test_what_no_network_is_made_for_is_named():
         with pytest.raises(ValueError, match=message):
             networks(size, {"generator": Generator()}, critic_network=chosen)
     networks(16, {"generator": Generator()}), networks(64, {"generator": Generator()}, critic_network="dcgan")
-    with pytest.raises(ValueError, match="^batch_size must be at most 4, the group .*, or a multiple; got 6"):
-        networks(8, critic_network="8", batch_size=6)
-    for n in (3, 4, 8):
-        networks(8, critic_network="8", batch_size=n)
-    networks(8, batch_size=6)
 
 
 @pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diffgan_fast as dgf
-from diffgan_fast import nets
+from diffgan_fast import nets, random
 from diffgan_fast.engine import Batch, State
 from tests.ops import oracle
 
@@ -198,6 +198,54 @@ def test_r1_needs_a_critic_without_batch_norm():
         method.step(state, Batch(torch.rand(4, 1, 8, 8)), 0)
     method, state = make(r1_gamma=1.0, critic_norm="layer")
     assert method.step(state, Batch(torch.rand(4, 1, 8, 8)), 0)["critic_loss"].isfinite()
+
+
+def test_path_lengths_are_penalised_in_every_fourth_step():
+    """Half of the batch, around the running mean, with four times the weight; the mean follows after."""
+    method, state = make(network="stylegan2", z_dim=5, path_length=2.0)
+    generator, path = state["generator"].eval(), state["path_length"]
+    path.mean.fill_(0.3)
+    seen = []
+    for step in range(5):
+        state.step = step
+        seen.append(float(method.smoothed(state, torch.zeros(()), 6, 9, 2).detach()))
+        if step == 0:
+            followed = float(path.mean)
+            path.mean.fill_(0.3)
+    z = random.normal((6, 5), random.fold_in(9, "z of the path"), first=2 * 5)[::2]
+    y = random.normal((6, 1, 8, 8), random.fold_in(9, "path"), first=2 * 64)[::2]
+    lengths = []
+    for i in range(3):
+        ws = generator.styles(z[i : i + 1])[:, None].expand(-1, generator.styled, -1).detach().requires_grad_()
+        (g,) = torch.autograd.grad((generator.synthesis(ws) * y[i] / 8).sum(), ws)
+        lengths.append(float(g.square().sum(2).mean().sqrt()))
+    want = 4 * 2.0 * sum((v - 0.3) ** 2 for v in lengths) / 3
+    assert seen == pytest.approx([want, 0, 0, 0, want], rel=1e-4)
+    assert followed == pytest.approx(0.3 + 0.01 * (sum(lengths) / 3 - 0.3), rel=1e-5)
+
+
+def test_what_is_stylegans_is_refused_elsewhere():
+    for option in ("path_length", "style_mixing"):
+        with pytest.raises(ValueError, match=f"^{option} must be 0 for a generator that is not StyleGAN2's; got 0.5"):
+            make(**{option: 0.5})
+    assert make(network="stylegan2", style_mixing=0.5)[1]["generator"].mixing == 0.5
+
+
+def test_stylegans_networks_follow_the_size():
+    """Two mapping layers and no skip connections up to 64 pixels, eight and some above."""
+    with torch.device("meta"):
+        for size, mapping, skips in ((64, 2, False), (128, 8, True)):
+            nets = GAN(GAN.Config(network="stylegan2", width=8, critic_width=8), (3, size, size)).networks({})
+            assert len(nets["generator"].mapping) == mapping
+            assert (nets["critic"].main[2].skip is not None) == skips
+
+
+def test_stylegans_samples_are_images(tmp_path):
+    options = dict(SMALL, data="digits", network="stylegan2", z_dim=8, steps=2, batch_size=3)
+    run = dgf.train("gan", out=tmp_path / "b", **options)
+    images = run.sample(5, seed=2)
+    assert images.shape == (5, 1, 8, 8) and images.abs().max() <= 1
+    torch.testing.assert_close(run.sample(2, seed=2), images[:2], rtol=0, atol=1e-5)
 
 
 def test_a_budget_in_thousands_of_samples():

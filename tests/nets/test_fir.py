@@ -36,6 +36,13 @@ def test_agrees_with_scipy(function, up, down, before, after, size):
         np.testing.assert_allclose(value.numpy(), expected, rtol=0, atol=1e-12)
 
 
+def test_behind_a_transposed_convolution():
+    x = images(2, 3, 9, dtype=torch.float64)  # 4 px doubled
+    value = fir_blur(x, padding=1, gain=4.0)
+    assert value.shape == (2, 3, 8, 8)
+    np.testing.assert_allclose(value.numpy(), 4 * filtered(x.numpy(), 1, 1, 1, 1), rtol=0, atol=1e-12)
+
+
 def test_sizes():
     assert fir_down(images(1, 1, 7)).shape == (1, 1, 3, 3)
     assert fir_up(images(1, 1, 7)).shape == (1, 1, 14, 14)
