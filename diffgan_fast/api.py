@@ -344,6 +344,8 @@ def _warn_of_mismatch(method: Method) -> None:
     if schedule is not None and schedule.prior_mismatch > PRIOR_LIMIT:
         warnings.warn(
             f"the schedule leaves sqrt(abar_T) = {schedule.prior_mismatch:.3f} of the data at t = T, but sampling "
-            "starts from pure noise: samples will be biased (schedule='linear-scaled' or 'cosine' reaches the prior)",
+            "starts from pure noise: samples will be biased ("
+            + ("schedule='linear-scaled' or 'cosine'" if "schedule" in known_to(type(method)) else "a greater beta_max")
+            + " reaches the prior)",
             stacklevel=3,
         )

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,8 @@ from diffgan_fast.run import build
 
 SHARE = 0.9  # of the free memory that a run may take: workspaces of libraries come on top of what is counted
 SHORT, LONG = 2, 6  # steps of the chains that are measured
-TRIES = 3  # timed steps
+TRIES = 3  # timed steps of a kind
+PHASED = 240  # steps whose kinds are counted: a multiple of every usual interval of a lazy penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _too_large(n: int, device: torch.device) -> TrainingError:
 def _probe(
     method: Method, networks: dict[str, nn.Module], seed: int, device: torch.device, tries: int
 ) -> tuple[int, float]:
-    """Peak memory above networks and optimisers, and the seconds of a step, on a batch of noise."""
+    """Peak memory above networks and optimisers, and a step's mean seconds over its kinds, on a batch of noise."""
     state, key, n = build(method, networks, seed, device), random.key(seed), method.config.batch_size
     for net in state.nets.values():
         net.train()
@@ -197,9 +198,22 @@ def _probe(
     batch = Batch(x, torch.arange(n, device=device) % method.num_classes if method.num_classes else None)
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method.prepare(state, key, Path(folder))
+        peak, total, phases = 0, 0.0, _phases(method)
         with precision.reduced(method.config.precision, device):
-            peak = peak_memory(lambda: method.step(state, batch, key), device)
-            return peak, min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
+            for numbers in phases:
+                state.step = numbers[0]
+                peak = max(peak, peak_memory(lambda: method.step(state, batch, key), device))
+                fastest = min((_seconds(lambda: method.step(state, batch, key)) for _ in range(tries)), default=0.0)
+                total += fastest * len(numbers)
+        return peak, total / sum(map(len, phases))
+
+
+def _phases(method: Method) -> list[list[int]]:
+    """The first steps of a run, PHASED at most, sorted by what they do: with a lazy penalty, or without one."""
+    found: dict[Hashable, list[int]] = {}
+    for number in range(max(1, min(method.config.steps, PHASED))):
+        found.setdefault(method.phase(number), []).append(number)
+    return list(found.values())
 
 
 def _seconds(step: Callable[[], dict[str, torch.Tensor]]) -> float:

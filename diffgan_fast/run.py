@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,10 @@ from diffgan_fast.methods import find
 from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.metrics.extraction import Seen, describe, see
 from diffgan_fast.metrics.extractors import chosen_extractor
+
+NUMBERS = (
+    500 * 3 * 32 * 32
+)  # in images that are drawn at a time, unless told: at 256 pixels a U-Net takes 190 MB for each
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -131,7 +136,8 @@ class Run:
             n: how many, at least 1.
             ema: from the averaged weights, if the run has them.
             labels: the class of all samples, or of each, 0..num_classes-1, of a conditional run; by default in turn.
-            batch: how many at a time, by default 500 images or 10,000 points; it does not change the noise.
+            batch: how many at a time, by default 10,000 points, or images of 1.5 million numbers in all, at most 500
+                (of 3x32x32 500, of 3x256x256 7); it does not change the noise.
             precision: what the networks compute in; see docs/runs.md. The samples' own arithmetic is float32.
             progress: show a progress bar, on a terminal.
             together: every process of a run calls this alike; each draws its part, and all return all samples. Else
@@ -182,7 +188,8 @@ class Run:
             labels = labels.expand(n)
         asked = dict(n=n, seed=seed, first=first, ema=ema, labels=labels if labels is None else labels.tolist(), **how)
         distributed.check_same({**asked, "precision": precision, "step": self.state.step})
-        batch = batch or (500 if len(self.method.shape) == 3 else 10_000)
+        numbers = math.prod(self.method.shape)
+        batch = batch or (max(1, min(500, NUMBERS // numbers)) if len(self.method.shape) == 3 else 10_000)
         key, mine = random.fold_in(random.key(seed), "sample"), distributed.part(n)
         shown = progress and distributed.is_main()
 

@@ -268,7 +268,8 @@ def generated_step(
     """
     check_predicts(predicts)
     told = torch.full((1,), t, device=x.device).expand(len(x))  # one number, as a network may notice
-    z = random.normal((len(x), z_dim), random.fold_in(key, "z"), first=first_sample * z_dim, device=x.device)
+    z_key, first = random.fold_in(key, "z"), first_sample * z_dim
+    z = random.normal((len(x), z_dim), z_key, first=first, dtype=x.dtype, device=x.device)
     out = generator(x, told, z).to(x.dtype)
     return out if predicts == "x_prev" else ops.posterior_step(out, x, t, schedule, key, first_sample=first_sample)
 

@@ -104,7 +104,7 @@ class Schedule(RowCache):
 
         Source: Nichol and Dhariwal 2021, Eq. 17.
         """
-        u = torch.arange(_steps(T) + 1, dtype=torch.float64) / T
+        u = torch.arange(_steps(T) + 1, dtype=torch.float64, device="cpu") / T
         abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - abar[1:] / abar[:-1]).clamp_max(max_beta))
 
@@ -114,9 +114,15 @@ class Schedule(RowCache):
 
         Source: Denoising Diffusion GAN, Xiao et al. 2022.
         """
-        s = eps + (1 - eps) * torch.arange(_steps(T) + 1, dtype=torch.float64) / T
+        s = eps + (1 - eps) * torch.arange(_steps(T) + 1, dtype=torch.float64, device="cpu") / T
         log_abar = -0.5 * (beta_max - beta_min) * s**2 - beta_min * s
-        return cls(-torch.expm1(log_abar[1:] - log_abar[:-1]))
+        betas = -torch.expm1(log_abar[1:] - log_abar[:-1])
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(
+                f"beta_min and beta_max must lead to betas in (0, 1); got {beta_min:g} and {beta_max:g}, which lead to "
+                f"{betas.min():.6g}..{betas.max():.6g} with T = {T}"
+            )
+        return cls(betas)
 
     def respace(self, steps: int) -> Schedule:
         """A schedule of fewer steps through the same noise levels: beta' = 1 - abar_{t_i} / abar_{t_{i-1}}.

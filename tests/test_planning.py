@@ -138,6 +138,21 @@ def test_a_batch_has_whole_groups_of_what_the_critic_compares():
         assert dgf.plan(method, data="digits", batch_size=3, **options).rows
 
 
+def test_a_step_takes_the_mean_of_its_kinds(monkeypatch):
+    """Of 12 steps, three with a penalty."""
+    kind = dgf.methods.find("ddgan")
+    step, slow = kind.step, []
+
+    def timed(self, state, batch, key):
+        slow.append(self.phase(state.step))
+        return step(self, state, batch, key)
+
+    monkeypatch.setattr(kind, "step", timed)
+    monkeypatch.setattr(planning, "_seconds", lambda run: (run(), 5.0 if slow[-1] else 1.0)[1])
+    (row,) = dgf.plan("ddgan", data="ring", width=8, critic_width=8, lazy_reg=4, steps=12, batch_size=4).rows
+    assert row.seconds == (3 * 5.0 + 9 * 1.0) / 12
+
+
 def test_an_automatic_batch_size_is_kept_on_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "largest_batch", lambda *_: 6)
     options = dict(width=8, T=4, subset=16, progress=False, sample_every=0)

@@ -131,7 +131,7 @@ class DDGANConfig(TrainConfig):
         "auto", "preset of the images' generator (auto: by their size)"
     )
     critic_network: Literal["auto", "dcgan", "8", "28", "small", "large"] = option(
-        "auto", "preset of the images' critic, or DCGAN's, without norms (auto: that below 32 pixels, else by size)"
+        "auto", "preset of the images' critic, or DCGAN's, without norms (auto: that)"
     )
     width: int | None = option(
         None, "channels of the generator at full resolution, or width of the MLP (none: as the network has them)", low=1
@@ -139,7 +139,7 @@ class DDGANConfig(TrainConfig):
     critic_width: int | None = option(
         None, "channels of the first layer of DCGAN's critic, 64, or width of the critic of points, 256", low=1
     )
-    critic_lr: float = option(2e-3, "learning rate of the critic", low=0)
+    critic_lr: float = option(2e-3, "learning rate of the critic; the authors' want 1e-4", low=0)
     critic_updates: int = option(1, "updates of the critic a step, each on new noise of the same samples", low=1)
     adam_beta1: float = option(0.0, "decay of Adam's mean gradient, of both optimisers", low=0, high=1)
     adam_beta2: float = option(0.99, "decay of Adam's mean squared gradient, of both optimisers", low=0, high=1)
@@ -163,8 +163,6 @@ class DDGAN(Method):
 
     def networks(self, given):
         points = len(self.shape) == 1
-        if not points and self.shape[1] != self.shape[2]:
-            raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
         return {
             "generator": given["generator"] if "generator" in given else self._generator(points),
             "critic": given["critic"] if "critic" in given else self._critic(points),
@@ -176,29 +174,41 @@ class DDGAN(Method):
             return nets.DDGANPointGenerator(self.shape[0], c.width or 256, **told)
         if c.width is not None:
             told["width"] = c.width
-        preset = self._preset("network", ddgan.fitting(self.shape[1]), ddgan.BY_SIZE)
-        return nets.DDGANGenerator(*self.shape[:2], preset=preset, bounded=c.predicts == "x0", **told)
+        channels, size = self._square()
+        preset = ddgan.BY_SIZE.get(size) if c.network == "auto" else c.network
+        self._fitting("network", preset, ddgan.fitting(size))
+        return nets.DDGANGenerator(channels, size, preset=preset, bounded=c.predicts == "x0", **told)
 
     def _critic(self, points: bool) -> nn.Module:
         c, told = self.config, dict[str, Any](inputs=("x", "x_t", "t"), T=self.config.T)
         if points:
             return nets.MLPCritic(self.shape[0], c.critic_width or 256, **told)
-        if c.critic_network == "dcgan" or (c.critic_network == "auto" and self.shape[1] < 32):
+        channels, size = self._square()
+        if c.critic_network in ("auto", "dcgan"):
             width = c.critic_width or 64
-            return nets.DCGANCritic(*self.shape[:2], width=width, depth=2, norm=None, init="he", **told)
-        preset = self._preset("critic_network", ["dcgan", *ddgan_critic.fitting(self.shape[1])], ddgan_critic.BY_SIZE)
+            return nets.DCGANCritic(channels, size, width=width, depth=2, norm=None, init="he", **told)
+        self._fitting("critic_network", c.critic_network, ["auto", "dcgan", *ddgan_critic.fitting(size)])
         if c.critic_width is not None:
-            raise ValueError(f"critic_width must be None for the authors' critic {preset!r}, got {c.critic_width}")
-        return nets.DDGANCritic(*self.shape[:2], T=c.T, preset=preset)
+            raise ValueError(
+                f"critic_width must be None for the authors' critic {c.critic_network!r}, got {c.critic_width}"
+            )
+        return nets.DDGANCritic(channels, size, T=c.T, preset=c.critic_network)
 
-    def _preset(self, name: str, fitting: list[str], by_size: dict[int, str]) -> str:
-        """What option `name` says, or leaves to the images' size. ValueError if that is none of the fitting ones."""
-        size, chosen = self.shape[1], getattr(self.config, name)
-        preset = by_size.get(size, "auto") if chosen == "auto" else chosen
+    def _square(self) -> tuple[int, int]:
+        """The images' channels and size. ValueError if they are not square, for which there is no network here."""
+        channels, size, width = self.shape
+        if size != width:
+            raise ValueError(f"data must be square images or points for method {self.name!r}, got {list(self.shape)}")
+        return channels, size
+
+    def _fitting(self, name: str, preset: str | None, fitting: list[str]) -> None:
+        """ValueError if the preset that option `name` says, or leaves to the images' size, is none of the fitting."""
         if preset not in fitting:
-            known = ", ".join(fitting) or "none"
-            raise ValueError(f"{name} must be one of {known} for images of {size} pixels; got {chosen!r}")
-        return preset
+            known = f"must be one of {', '.join(fitting)}" if fitting else "has none"
+            raise ValueError(
+                f"{name} {known} for images of {self.shape[1]} pixels; got {getattr(self.config, name)!r} (or pass a "
+                "network of your own, or images of another size)"
+            )
 
     def optimizers(self, nets):
         c = self.config
@@ -211,7 +221,7 @@ class DDGAN(Method):
 
     def phase(self, step):
         """Whether the step has a penalty."""
-        return step % self.config.lazy_reg == 0
+        return self.config.r1_gamma > 0 and step % self.config.lazy_reg == 0
 
     def step(self, state: State, batch: Batch, key: random.Key):
         c = self.config

@@ -259,22 +259,46 @@ def test_presets_are_the_published_configurations(name):
 
 def test_the_schedule_is_the_published_one():
     c = DDGAN.Config.make("cifar10")
+    other = DDGAN(DDGAN.Config(T=2, beta_min=1.0, beta_max=5.0), (2,)).schedule
+    s = 1e-3 + (1 - 1e-3) * torch.arange(3, dtype=torch.float64) / 2
+    level = torch.exp(-2 * s**2 - s)
+    torch.testing.assert_close(other.alphas_cumprod, level / level[0], rtol=1e-12, atol=0)
     S = DDGAN(c, (3, 32, 32)).schedule
     torch.testing.assert_close(S.alphas_cumprod, abar(4, torch.arange(5)), rtol=1e-12, atol=0)
 
 
 def test_networks_follow_the_size():
-    """The author's critic, but for small images, of which it learns slowly."""
+    """The authors' generator for the size, and DCGAN's critic, which the default rates suit; theirs if asked for."""
 
     def critic(size, **options):
         return DDGAN(DDGAN.Config.make(**options), (1, size, size)).networks({})["critic"]
 
-    assert isinstance(critic(28), dgf.nets.DCGANCritic) and isinstance(critic(32), dgf.nets.DDGANCritic)
-    assert isinstance(critic(32, critic_network="dcgan"), dgf.nets.DCGANCritic)
-    assert isinstance(critic(8, critic_network="8"), dgf.nets.DDGANCritic)
+    with torch.device("meta"):
+        for size in (8, 28, 32, 256):
+            assert isinstance(critic(size), dgf.nets.DCGANCritic)
+        assert isinstance(critic(28, preset="mnist"), dgf.nets.DCGANCritic)
+        assert isinstance(critic(32, preset="cifar10"), dgf.nets.DDGANCritic)
+        assert isinstance(critic(8, critic_network="8"), dgf.nets.DDGANCritic)
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 2)
     assert critic(8)(x, t=t, x_t=x + 1).shape == (4,)
-    assert isinstance(critic(28, preset="mnist"), dgf.nets.DCGANCritic)
+
+
+@pytest.mark.parametrize("size", [8, 28])
+def test_the_usual_critic_keeps_the_size_of_signals(size):
+    """Two convolutions a resolution without a norm, of He's weights: its first logits are no thousandths."""
+    torch.manual_seed(0)
+    critic = DDGAN(DDGAN.Config(), (1, size, size)).networks({})["critic"]
+    kinds = [type(layer) for layer in critic.main]
+    assert not {nn.BatchNorm2d, nn.GroupNorm} & set(kinds)
+    assert kinds.count(dgf.nets.Conv2d) == kinds.count(nn.Conv2d) - 1  # a strided one and one more each, and the last
+    x, t = torch.randn(64, 1, size, size), torch.arange(64) % 4 + 1
+    assert critic(x, t=t, x_t=x).square().mean().sqrt() > 0.1
+
+
+def test_only_x0_is_bounded():
+    for predicts, last in (("x0", nn.Tanh), ("x_prev", nn.Identity)):
+        generator = DDGAN(DDGAN.Config(predicts=predicts), (1, 8, 8)).networks({})["generator"]
+        assert isinstance(generator.head[-1], last)
 
 
 def test_the_critic_is_as_wide_as_one_likes():
@@ -339,8 +363,73 @@ def test_an_unknown_prediction_is_named():
 
 
 def test_other_data_are_refused():
-    with pytest.raises(ValueError, match="data must be square images or points"):
-        DDGAN(DDGAN.Config(), (1, 8, 10)).networks({})
+    """By our networks; one's own may be for any."""
+    own = {"generator": Generator(80), "critic": Critic(80)}
+    for given in ({}, {"generator": own["generator"]}, {"critic": own["critic"]}):
+        with pytest.raises(ValueError, match="data must be square images or points"):
+            DDGAN(DDGAN.Config(), (1, 8, 10)).networks(given)
+    assert DDGAN(DDGAN.Config(), (1, 8, 10)).networks(own) == own
+
+
+@torch.no_grad()
+def test_a_shown_step_is_one_of_the_averaged_generator():
+    method = DDGAN(DDGAN.Config(T=4, z_dim=3, ema=0.9), (2,))
+    nets = method.networks({"generator": Generator(2), "critic": Critic(2)})
+    state = State(nets, method.optimizers(nets), method.averaged, method.config)
+    state.ema["generator"].mix.weight.add_(1.0)
+    state.ema["generator"].time.weight.add_(1.0)
+    x = torch.randn(5, 2)
+    shown = [method.denoise(state, x, t, 7) for t in (1, 3)]
+    for t, found in zip((1, 3), shown, strict=True):
+        wanted = dgf.sampling.generated_step(state.ema["generator"], x, t, method.schedule, 7, z_dim=3)
+        assert torch.equal(found, wanted)
+    assert (shown[0] - shown[1]).abs().min() > 1e-4
+
+
+@torch.no_grad()
+def test_strips_show_what_training_and_sampling_see():
+    method = DDGAN(DDGAN.Config(T=3, width=8, z_dim=3), (1, 8, 8))
+    nets = method.networks({})
+    state = State(nets, method.optimizers(nets), method.averaged, method.config)
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    strips = method.strips(state, x, 5)
+    assert [t for t, _ in strips["noising"]] == [0, 1, 2, 3]
+    assert [t for t, _ in strips["denoising"]] == [3, 2, 1, 0]
+    for t, images in strips["noising"]:
+        level = abar(3, t)
+        noise = numbers((2, 1, 8, 8), 5)
+        wanted = (level.sqrt() * x.double() + (1 - level).sqrt() * noise).clamp(-1, 1)
+        torch.testing.assert_close(images.double(), wanted, rtol=0, atol=1e-5)
+    assert torch.equal(strips["denoising"][-1][1], method.sample(state, 2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_a_step_is_of_the_generators_type(dtype):
+    generator, S = Generator(2).to(dtype), dgf.Schedule.vp(4)
+    x = torch.randn(5, 2).to(dtype)
+    found = dgf.sampling.generated_step(generator, x, 3, S, 7, z_dim=3)
+    assert found.dtype == dtype and generator.seen[-1][2].dtype == dtype
+
+
+def test_networks_of_ones_own_are_for_this_run(tmp_path):
+    """Said before there is a directory that could not be resumed."""
+    for own, name, message in (
+        (dict(generator=dgf.nets.DDGANGenerator(1, 8, T=4)), "z_dim", "z_dim must be 100, as the generator"),
+        (dict(generator=dgf.nets.DDGANGenerator(1, 8, T=2, z_dim=4)), "T", "T must be 2, as the generator"),
+        (dict(critic=dgf.nets.DDGANCritic(1, 8, T=2)), "T", "T must be 2, as the critic that was given has it; got 4"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dgf.train("ddgan", data="digits", out=tmp_path / name, steps=1, progress=False, z_dim=4, **own)
+        assert not (tmp_path / name).exists()
+
+
+def test_betas_that_are_none_are_named_by_their_options():
+    for beta_min, beta_max in ((0.0, 0.0), (0.1, 200.0)):
+        with pytest.raises(
+            ValueError, match=f"^beta_min and beta_max must lead to betas in .0, 1.; got {beta_min:g} and"
+        ):
+            DDGAN(DDGAN.Config(T=1, beta_min=beta_min, beta_max=beta_max), (2,))
 
 
 def test_what_no_network_is_made_for_is_named():
@@ -351,14 +440,15 @@ def test_what_no_network_is_made_for_is_named():
 
     for size, fitting in ((16, "cifar10"), (64, "cifar10, 256")):
         for chosen in ("auto", "28"):
-            message = f"^network must be one of {fitting} for images of {size} pixels; got '{chosen}'$"
+            message = f"^network must be one of {fitting} for images of {size} pixels; got '{chosen}'"
             with pytest.raises(ValueError, match=message):
                 networks(size, network=chosen)
-    for size, chosen, fitting in ((64, "auto", "8, 28, small, large"), (16, "large", "8, 28, small")):
-        message = f"^critic_network must be one of dcgan, {fitting} for images of {size} pixels; got '{chosen}'$"
-        with pytest.raises(ValueError, match=message):
-            networks(size, {"generator": Generator()}, critic_network=chosen)
-    networks(16, {"generator": Generator()}), networks(64, {"generator": Generator()}, critic_network="dcgan")
+    with pytest.raises(ValueError, match="^network has none for images of 24 pixels; got 'auto' .or pass a network of"):
+        networks(24)
+    message = "^critic_network must be one of auto, dcgan, 8, 28, small for images of 16 pixels; got 'large'"
+    with pytest.raises(ValueError, match=message):
+        networks(16, {"generator": Generator()}, critic_network="large")
+    networks(16, {"generator": Generator()}), networks(24, {"generator": Generator()}, critic_network="dcgan")
 
 
 @pytest.mark.filterwarnings("ignore::diffgan_fast.metrics.SmallSampleWarning")

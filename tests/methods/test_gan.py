@@ -200,6 +200,26 @@ def test_r1_needs_a_critic_without_batch_norm():
     assert method.step(state, Batch(torch.rand(4, 1, 8, 8)), 0)["critic_loss"].isfinite()
 
 
+def test_large_images_are_drawn_few_at_a_time(tmp_path, monkeypatch):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, z):
+            return (self.weight * z[:, :1, None, None]).expand(-1, 3, 256, 256).contiguous()
+
+    data, options = torch.zeros(2, 3, 256, 256), dict(progress=False, steps=0)
+    run = dgf.train("gan", data, tmp_path, generator=Own(), critic=nets.DCGANCritic(3, 256, width=1), **options)
+    seen, sample = [], run.method.sample
+    monkeypatch.setattr(
+        run.method, "sample", lambda state, n, *args, **how: (seen.append(n), sample(state, n, *args, **how))[1]
+    )
+    images = run.sample(20, seed=1)
+    assert seen == [7, 7, 6]
+    assert torch.equal(images, run.sample(20, seed=1, batch=20)) and seen[3:] == [20]
+
+
 def test_path_lengths_are_penalised_in_every_fourth_step():
     """Half of the batch, around the running mean, with four times the weight; the mean follows after."""
     method, state = make(network="stylegan2", z_dim=5, path_length=2.0)
