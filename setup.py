@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
+ARCHS = ("80", "90", "100")
 DEFINES = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 # Without -fno-trapping-math GCC keeps a branch for every comparison of floats, and vectorises no loop that has one.
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -122,10 +123,17 @@ def cpu_library(build: Ninja, out: Path) -> dict:
     return {"instruction_sets": sets, "torch": version}
 
 
+def known_archs(nvcc: str) -> list[str]:
+    """Those of ARCHS that the compiler knows: 100 came with CUDA 12.8."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ARCHS if f"compute_{arch}" in known]
+
+
 def cuda_library(build: Ninja, out: Path) -> dict:
     torch, version = torch_paths()
     nvcc = find_nvcc()
-    archs = os.environ.get("DIFFGAN_FAST_CUDA_ARCHS", "80;90;100").split(";")
+    wanted = os.environ.get("DIFFGAN_FAST_CUDA_ARCHS")
+    archs = wanted.split(";") if wanted else known_archs(nvcc)
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo", "--threads=2", "-DUSE_CUDA"]

@@ -34,6 +34,7 @@ from torch import Tensor
 import diffgan_fast as dgf
 from benchmarks import machine
 from benchmarks.cases import Options
+from benchmarks.check import in_float32
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
 from diffgan_fast.adversarial import critic_loss, generator_loss
@@ -92,6 +93,7 @@ class Trainer:
         self.unet_adam.step()
 
 
+@in_float32()
 def verify(providers: list[Recompute], T: int, device: torch.device) -> dict[str, str]:
     """For every provider "ok", or how far its gradients are from plain autograd's."""
     found = {}

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 import diffgan_fast as dgf
 from benchmarks import oracle
 from benchmarks.cases import Call, Case, Provider
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Convolutions in float32 on CUDA too, where torch takes TF32 if not told otherwise: what is compared with float64.
+    Timings leave torch as it is."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _tolerance(provider: Provider, dtype: torch.dtype) -> float:
@@ -40,6 +55,7 @@ def _moments(difference: torch.Tensor, scale: torch.Tensor, case: Case) -> str |
     return ", ".join(bad) or None
 
 
+@in_float32()
 def verify(case: Case, provider: Provider, call: Call) -> str:
     """ "ok", or what is wrong with the provider's outputs for one call, its memory poisoned with NaN before."""
     if provider.noise == "unchecked":

@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 
 import diffgan_fast as dgf
 from benchmarks.cases import Options
+from benchmarks.check import in_float32
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
 from diffgan_fast.engine import Batch, State, Steps
@@ -127,10 +128,10 @@ class Reference:
 class Ours:
     """The same networks in the engine's own step."""
 
-    def __init__(self, generator: nn.Module, critic: nn.Module, shape: tuple[int, ...]):
+    def __init__(self, generator: nn.Module, critic: nn.Module, shape: tuple[int, ...], *, cuda_graphs: bool = False):
         kind = dgf.methods.find("ddgan")
         config = kind.Config(T=T, steps=10**6, lr=LR, critic_lr=CRITIC_LR, r1_gamma=GAMMA, lazy_reg=LAZY, ema=DECAY,
-                             z_dim=Z, cuda_graphs=False)  # fmt: skip
+                             z_dim=Z, cuda_graphs=cuda_graphs)  # fmt: skip
         self.method = kind(config, shape)
         nets = {"generator": copy.deepcopy(generator).train(), "critic": copy.deepcopy(critic).train()}
         nets = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
@@ -161,6 +162,7 @@ class Ours:
         return draw
 
 
+@in_float32()
 def verify(generator: nn.Module, critic: nn.Module, x0: Tensor) -> dict[str, str]:
     """For both arms "ok", or how the losses of an iteration with R1 differ from the same in float64."""
     # A fresh critic answers about 1e-8: its gradients are rounding, which the first step of Adam makes a whole lr.

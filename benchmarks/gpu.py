@@ -4,7 +4,7 @@ Stages, each bounded in time, each with a log; one that fails is reported and th
     build        `pip install --no-build-isolation --no-deps -e .`, if csrc/ is newer than the built CUDA library
     pytest       the whole suite, the tests marked `gpu` with it
     check-*      `benchmarks.sanitize`: every op of a back end on odd sizes, plain and under compute-sanitizer
-    random …     the benchmarks
+    random …     the benchmarks, those of whole steps without torch.compile, which takes minutes a network
 
 Logs, tables and `gpu.json` (result, seconds and GPU readings of each stage) go to benchmarks/results/<machine>/; if the
 variable OUT names a folder, all of that is packed into one archive there after every stage. Exit code: 0, 1 if a stage
@@ -29,10 +29,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, report
-from benchmarks.__main__ import NAMES
+from benchmarks.__main__ import NAMES, OPS
 from diffgan_fast.engine.gpu import state as gpu_state
 
 PYTHON = [sys.executable, "-m"]
+HOSTS = ("conv", "norm", "metrics")  # what is measured of the CPU alone, or mostly
 MAIN = {"1024x3x32x32", "128x1x28x28"}  # the shapes of the short table
 
 
@@ -59,8 +60,9 @@ def stages(out: Path) -> list[Stage]:
     if needs_build():
         install = [*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
         found.append(Stage("build", install, 300, {"DIFFGAN_FAST_CUDA": "1"}))
-    workers = ["-n", "4", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    found.append(Stage("pytest", [*PYTHON, "pytest", "-q", "-ra", "--durations=10", *workers], 600))
+    count = str(max(1, min(8, (os.cpu_count() or 1) // 2)))
+    workers = ["-n", count, "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    found.append(Stage("pytest", [*PYTHON, "pytest", "-q", "-ra", "--durations=10", *workers], 560))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for backend in ("cuda", "triton"):
         ops = [*PYTHON, "benchmarks.sanitize", backend]
@@ -68,11 +70,13 @@ def stages(out: Path) -> list[Stage]:
         for tool in ("memcheck", "racecheck"):
             # Every tensor gets an allocation of its own: a pool would hide accesses past its end.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *ops]
+            # what torch asks of the driver before there is a context is an error to it, and none of a kernel
+            quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+            watched = [sanitizer, "--tool", tool, *quiet, "--error-exitcode", "9", "--print-limit", "20", *ops]
             found.append(Stage(f"check-{backend}-{tool}", watched, 300, alone))
-    for name in NAMES:
+    for name in (name for name in NAMES if name not in HOSTS):
         command = [*PYTHON, "benchmarks", name, "--device", "cuda", "--out", str(out)]
-        found.append(Stage(name, command, 300))
+        found.append(Stage(name, command + ["--no-compile"] * (name not in OPS), 300))
     return found
 
 

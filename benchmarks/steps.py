@@ -35,6 +35,7 @@ from torch.nn.functional import binary_cross_entropy, mse_loss, softplus
 import diffgan_fast as dgf
 from benchmarks import ddgan, oracle, peers, training
 from benchmarks.cases import Options
+from benchmarks.check import in_float32
 from benchmarks.harness import quantiles
 from benchmarks.training import timed
 from diffgan_fast.engine import Batch, State, Steps, frozen
@@ -234,8 +235,8 @@ class Lazy:
     """LAZY steps of an arm of `benchmarks.ddgan` as one."""
 
     def __init__(self, arm: str, case: Case, nets: Nets):
-        make = {"reference": lambda *_: ddgan.Reference(nets["generator"], nets["critic"]), "ours": ddgan.Ours}[arm]
-        self.arm = make(nets["generator"], nets["critic"], case.shape)
+        both = nets["generator"], nets["critic"]
+        self.arm = ddgan.Reference(*both) if arm == "reference" else ddgan.Ours(*both, case.shape, cuda_graphs=True)
 
     def step(self, x0: Tensor) -> object:
         return [self.arm.step(x0) for _ in range(ddgan.LAZY)][-1]
@@ -257,6 +258,7 @@ def modules(arm: object) -> Nets:
     return {str(i): net for i, net in enumerate(dict.fromkeys(found))}
 
 
+@in_float32()
 def verify(case: Case, x0: Tensor) -> str:
     """ "ok", or how the first losses of ours differ from the same in float64."""
     nets = case.networks()
@@ -354,7 +356,8 @@ def kernel_shares(step: Callable[[], object], device: torch.device) -> dict[str,
         step()
     times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
     mark, total = "dgf::" if cuda else "diffgan_fast::", max(sum(times.values()), 1e-9)
-    ours = {key.split(mark)[1].split("(")[0]: time / total for key, time in times.items() if mark in key}
+    named = {key.replace("(anonymous namespace)::", ""): time for key, time in times.items()}
+    ours = {key.split(mark)[1].split("(")[0]: time / total for key, time in named.items() if mark in key}
     return dict(sorted(ours.items(), key=lambda item: -item[1]))
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import diffgan_fast as dgf
 from benchmarks import oracle
 from benchmarks.cases import Options
+from benchmarks.check import in_float32
 from benchmarks.harness import quantiles
 from diffgan_fast.engine import Batch, State, Steps
 from diffgan_fast.nets import DCGANCritic, StudentUNet
@@ -156,6 +157,7 @@ def make_trainer(arm: Arm, unet: nn.Module, critic: nn.Module) -> Trainer:
     return (EngineTrainer if arm.engine else Trainer)(arm, unet, critic)
 
 
+@in_float32()
 def verify(arm: Arm, unet: nn.Module, critic: nn.Module, images: Tensor) -> str:
     """ "ok", or how an arm's first step differs from the float64 one."""
     trainer = make_trainer(arm, unet, critic)

@@ -50,6 +50,21 @@ def _load_cuda() -> str | None:
     return _load("cuda")
 
 
+def cuda_fits() -> bool:
+    """Whether the CUDA library has code for the current device."""
+    archs = build_info().get("cuda", {}).get("archs", [])
+    return runs_on(archs, torch.cuda.get_device_capability())
+
+
+def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `archs` runs on a device: sm_XY of the same generation and no later, or compute_XY no later."""
+    for kind, number in (arch.split("_") for arch in archs):
+        built = divmod(int(number), 10)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
+
+
 LIBRARY = torch.library.Library("diffgan_fast", "DEF")
 LIBRARY.define("cpu_instruction_set() -> str")
 LIBRARY.define("philox4x32(Tensor counter, Tensor key) -> Tensor")

@@ -55,12 +55,14 @@ def _checked(name: str) -> str:
 _current = _checked(os.environ.get("DIFFGAN_FAST_BACKEND", "auto"))
 
 
+TRITON_FROM = (8, 0)  # the least compute capability that Triton compiles for
 _AUTO: dict[str, str] = {}  # what "auto" means for a device type, found once
 
 
 def _fastest(device_type: str) -> str:
     if device_type == "cuda":
-        return next((name for name in ("cuda", "triton") if unavailable(name) is None), "reference")
+        fit = {"cuda": _native.cuda_fits(), "triton": torch.cuda.get_device_capability() >= TRITON_FROM}
+        return next((name for name, fits in fit.items() if fits and unavailable(name) is None), "reference")
     if device_type == "cpu":
         if unavailable("cpu") is None:
             return "cpu"

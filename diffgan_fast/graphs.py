@@ -39,6 +39,25 @@ class Recorder:
         may overwrite the result.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = run()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool)
+            try:
+                result = run()
+            except BaseException:
+                self._abandon(graph)
+                raise  # not what ending the capture says, which is but the consequence
+            graph.capture_end()
         return graph.replay, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a capture in which something failed. Torch itself would go on as if it were being recorded: with memory
+        that is never freed, and a generator that refuses to draw."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            index = self._stream.device_index
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from diffgan_fast import ops, random
-from diffgan_fast.graphs import Recorder
+from diffgan_fast.graphs import NotCapturable, Recorder
 from diffgan_fast.ops.step import Variance
 from diffgan_fast.schedule import Prediction, Schedule
 
@@ -297,7 +297,12 @@ class _Captured:
         """Makes x_{t-1}. False, and nothing has happened, if steps of this model cannot be captured."""
         guided = self.guides(t)
         self.t.fill_(t)
-        self.key.fill_(key)
+        if not isinstance(key, torch.Tensor):
+            self.key.fill_(key)
+        elif self.key.shape == key.shape:
+            self.key.copy_(key)
+        else:  # one a sample, as the first step tells
+            self.key = key.clone()
 
         def run() -> None:
             self.x.copy_(self.run(self.x, self.t, self.key, guided))
@@ -310,7 +315,7 @@ class _Captured:
         if guided not in self.replays:
             try:
                 self.replays[guided], _ = self.recorder.record(run)
-            except RuntimeError as error:
+            except (RuntimeError, NotCapturable) as error:
                 warnings.warn(f"sampling runs without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=4)
                 return False
         self.replays[guided]()

@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 import diffgan_fast as dgf  # noqa: E402
-from diffgan_fast import backends  # noqa: E402
+from diffgan_fast import api, backends, cli, run, start  # noqa: E402
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores, and so do their children
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
@@ -36,6 +36,16 @@ def _own_cache(tmp_path_factory):
     """What tests cache (classifiers, features) is theirs alone, and new in every session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFGAN_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _auto_is_the_cpu():
+    """Runs are on the CPU, where results repeat bit for bit; tests of a GPU name it."""
+    picks = run.pick_device
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (api, cli, run, start):
+            patch.setattr(module, "pick_device", lambda device: picks("cpu" if device == "auto" else device))
         yield
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import diffgan_fast as dgf
+from diffgan_fast import _native
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +30,30 @@ def bare(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["sm_80", "sm_90"], (8, 0), True),
+        (["sm_80", "sm_90"], (8, 9), True),
+        (["sm_90"], (8, 9), False),
+        (["sm_80", "sm_90", "sm_100", "compute_100"], (7, 5), False),
+        (["sm_80", "sm_90"], (10, 0), False),
+        (["sm_80", "sm_90", "compute_90"], (10, 0), True),
+        (["sm_80", "sm_90", "sm_100", "compute_100"], (12, 0), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_what_a_device_can_run(archs, capability, runs):
+    """Code of its own generation that is no newer, or PTX that is no newer (CUDA's rule of compatibility)."""
+    assert _native.runs_on(archs, capability) == runs
+
+
 def test_works_with_nothing_built(bare):
     code = """
 import warnings, torch
 warnings.simplefilter("error")
 import diffgan_fast as dgf
+from diffgan_fast import _native
 assert not dgf.info()["backends"]["cpu"]["available"] and "not built" in dgf.info()["backends"]["cpu"]["reason"]
 s = dgf.Schedule.linear(10)
 warnings.simplefilter("always")

@@ -6,6 +6,7 @@ from scipy import stats
 
 import diffgan_fast as dgf
 from diffgan_fast import sampling
+from diffgan_fast.graphs import NotCapturable
 from diffgan_fast.ops import support
 from diffgan_fast.sampling import sample_posterior
 from tests import mixture
@@ -167,6 +168,31 @@ def test_captured_steps_are_the_steps(options, graphs):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(seen), torch.stack(plain), rtol=1e-5, atol=1e-6)
     assert [recorder.recorded for recorder in made] == [2 if "critic" in options else 1]
+
+
+@pytest.mark.parametrize("keys", [torch.tensor(7), torch.tensor([7]), torch.tensor([7, 8, 9, 10, 11])], ids=str)
+def test_captured_steps_take_keys_that_are_tensors(keys, graphs):
+    model = torch.nn.Linear(3, 3)
+    want = dgf.sample(lambda x, t: model(x), (5, 3), S, keys)
+    made = graphs()
+    got = dgf.sample(lambda x, t: model(x), (5, 3), S, keys)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert [recorder.recorded for recorder in made] == [1]
+
+
+def test_what_a_graph_would_repeat_ends_recording_and_not_the_walk(graphs):
+    want = dgf.sample(lambda x, t: x * 0.5, (5, 3), S, 7)
+    graphs()
+    calls = []
+
+    def denoiser(x, t):
+        calls.append(t)
+        if len(calls) == 3:  # after two rehearsals
+            raise NotCapturable("key is an int")
+        return x * 0.5
+
+    with pytest.warns(UserWarning, match="sampling runs without CUDA graphs: key is an int"):
+        assert torch.equal(dgf.sample(denoiser, (5, 3), S, 7), want)
 
 
 def test_a_model_that_cannot_be_captured_is_run_as_it_is(graphs):

@@ -99,6 +99,8 @@ class Loop:
                 raise TrainingError(
                     f"{error} at step {state.step + 1}; {self._last_good()} ({error.__cause__})"
                 ) from error
+            finally:
+                self.steps.release()
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:

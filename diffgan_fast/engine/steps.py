@@ -116,7 +116,7 @@ class Steps:
 
         try:
             kind.replay, kind.values = recorder.record(step)
-        except RuntimeError as error:
+        except (RuntimeError, NotCapturable) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             state.updates.update(before)
@@ -124,6 +124,11 @@ class Steps:
         finally:
             state.later = None
         kind.updates = {name: count - before[name] for name, count in state.updates.items()}
+
+    def release(self) -> None:
+        """Lets go of the graphs and their memory; the steps to come are recorded anew."""
+        self._kinds.clear()
+        self._batch = self._key = None
 
     def _give_up(self, why: str) -> None:
         warnings.warn(f"the steps of {self.method.name!r} run without CUDA graphs: {why}", stacklevel=3)

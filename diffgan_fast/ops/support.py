@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from diffgan_fast.graphs import NotCapturable
+
 KEY_MASK = 2**63 - 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -38,7 +40,7 @@ def key_arguments(
         return 0, key.contiguous()
     check_key(key)
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
+        raise NotCapturable(
             "key is an int, which a CUDA graph would repeat at every replay: pass an int64 tensor on the device"
         )
     return key, None

@@ -6,6 +6,7 @@ import torch
 import diffgan_fast as dgf
 from diffgan_fast import graphs, random
 from diffgan_fast.engine import Batch, precision
+from diffgan_fast.engine.compiling import compiled
 from diffgan_fast.engine.steps import Steps
 from diffgan_fast.ops import support
 from tests.engine import methods
@@ -42,15 +43,16 @@ def run(case, how, count=9, device="cpu", **options):
     if how != "plain":
         recorder = graphs.Recorder(batch.x.device) if batch.x.is_cuda else Recorder(lambda: changed(state))
     step, history = Steps(method, state, recorder, 2 if how == "graphs" else count), []
-    for number in range(count):
-        key = random.fold_in(methods.KEY, "step", number)
-        torch.manual_seed(random.fold_in(key, "torch", 0))
-        x = random.normal(batch.x.shape, random.fold_in(key, "data"), device=device).clamp(-1, 1)
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        with precision.reduced(method.config.precision, x.device):
-            losses = step(Batch(x), key)
-        history.append({name: float(v.detach()) for name, v in losses.items()})
-        state.step += 1
+    with compiled(state.nets, method.config.compile, batch.x.device):
+        for number in range(count):
+            key = random.fold_in(methods.KEY, "step", number)
+            torch.manual_seed(random.fold_in(key, "torch", 0))
+            x = random.normal(batch.x.shape, random.fold_in(key, "data"), device=device).clamp(-1, 1)
+            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+            with precision.reduced(method.config.precision, x.device):
+                losses = step(Batch(x), key)
+            history.append({name: float(v.detach()) for name, v in losses.items()})
+            state.step += 1
     return history, state, step
 
 
@@ -87,8 +89,9 @@ def test_keys_and_numbers_on_the_device_are_those_of_the_host(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, dict(precision="fp16"), dict(compile=True)])
 @pytest.mark.parametrize("case", [c for c in methods.CASES if c not in DRAWS])
-def test_replays_on_a_gpu(case, options):
+def test_replays_on_a_gpu(case, options, monkeypatch):
     """What the tape shows, by CUDA graphs: the losses of steps that are launched one by one."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain, expected, _ = run(case, "rehearsal", device="cuda", **options)
     replayed, state, step = run(case, "graphs", device="cuda", **options)
     assert step.recorder is not None
@@ -108,6 +111,34 @@ def test_a_run_on_a_gpu_is_captured_and_resumed(method, tmp_path, recwarn):
     for run in (parts, without):
         for a, b in zip(kept(run.state), kept(whole.state), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_all_is_as_before():
+    """On its stream, with generators that draw, memory that is freed, and recordings that work."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder, x, before = graphs.Recorder(device), torch.ones(4, device=device), torch.cuda.current_stream()
+
+    def asks():
+        y = torch.nn.functional.dropout(x * 2)
+        return float(y[0])
+
+    with recorder.rehearsal():
+        asks()
+    with pytest.raises(RuntimeError, match="captur"):
+        recorder.record(asks)
+    assert torch.cuda.current_stream() == before and not torch.cuda.is_current_stream_capturing()
+    torch.randn(4, device=device), torch.nn.functional.dropout(x)
+    big = torch.empty(2**26, device=device)
+    big.record_stream(torch.cuda.Stream())
+    held = torch.cuda.memory_allocated()
+    del big
+    torch.cuda.synchronize()
+    torch.empty(1, device=device)  # the allocator looks at what is free now
+    assert torch.cuda.memory_allocated() < held
+    replay, result = recorder.record(lambda: x * 3)
+    replay()
+    assert result.tolist() == [3.0] * 4
 
 
 @pytest.mark.parametrize("case", DRAWS)

@@ -5,7 +5,6 @@ An oracle: of the library it uses the names of keys, and `make`, which builds wh
 
 import copy
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,14 +16,6 @@ from tests.ops import oracle
 T, BETAS = 6, (0.02, 0.4)
 LINEAR = dict(T=T, schedule="linear", beta_1=BETAS[0], beta_T=BETAS[1])
 BETA, ALPHA, ABAR = (table.tolist() for table in oracle.linear_schedule(T, *BETAS))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """In a file that imports this, runs are on the CPU as the formulas are, also where there is a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
 
 
 class Denoiser(nn.Module):

@@ -11,7 +11,7 @@ from diffgan_fast import nets
 from diffgan_fast.engine import Batch
 from diffgan_fast.methods.diffusion import noise_levels
 from tests.methods import by_hand
-from tests.methods.by_hand import Denoiser, T, images, make, on_the_cpu, same_weights  # noqa: F401
+from tests.methods.by_hand import Denoiser, T, images, make, same_weights
 from tests.ops import oracle
 
 TINY = dict(batch_size=8, log_every=1, sample_every=0, checkpoint_every=0, progress=False)

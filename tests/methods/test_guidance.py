@@ -12,7 +12,7 @@ from diffgan_fast import nets
 from diffgan_fast.engine import Batch
 from diffgan_fast.run import fingerprint
 from tests.methods import by_hand
-from tests.methods.by_hand import Denoiser, T, images, make, on_the_cpu, same_weights  # noqa: F401
+from tests.methods.by_hand import Denoiser, T, images, make, same_weights
 from tests.ops import oracle
 
 GUIDANCE = dgf.methods.find("discriminator-guidance")

@@ -14,7 +14,7 @@ from diffgan_fast.engine.config import option
 from diffgan_fast.methods import gan
 from diffgan_fast.run import fingerprint
 from tests.methods import by_hand
-from tests.methods.by_hand import Denoiser, T, images, make, near, on_the_cpu, same_weights  # noqa: F401
+from tests.methods.by_hand import Denoiser, T, images, make, near, same_weights
 
 NAMES = ("method1", "method2")
 RATES = {"method1": dict(lr=0.01), "method2": dict(lr=0.01, critic_lr=0.02)}

@@ -8,7 +8,7 @@ import diffgan_fast as dgf
 from diffgan_fast import nets
 from diffgan_fast.engine import Batch
 from tests.methods import by_hand
-from tests.methods.by_hand import ALPHA, BETA, Denoiser, T, images, make, on_the_cpu, same_weights  # noqa: F401
+from tests.methods.by_hand import ALPHA, BETA, Denoiser, T, images, make, same_weights
 from tests.ops import oracle
 
 S = dgf.Schedule.linear(T, *by_hand.BETAS)
