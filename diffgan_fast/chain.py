@@ -136,13 +136,6 @@ def _refuse(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"{what} changes its weight in every call; put it in eval mode")
 
 
-def _seed(x: Tensor, seed: int) -> None:
-    """Seeds the generators that `_fork_rng` puts back, and no other (torch.manual_seed seeds those of all devices)."""
-    torch.default_generator.manual_seed(seed)
-    if x.is_cuda:
-        torch.cuda.default_generators[x.device.index].manual_seed(seed)
-
-
 def _fork_rng(x: Tensor, key: random.Key) -> AbstractContextManager:
     """torch's generators come back as they were. With a key on the device nothing may draw from them."""
     if isinstance(key, Tensor):
@@ -198,7 +191,7 @@ class _Chain:
         )
         key = random.fold_in(self.key, t)
         if isinstance(key, int):
-            _seed(x, random.fold_in(key, "torch"))
+            random.seed_torch(random.fold_in(key, "torch"), x.device)
         return self.reverse.step(self.model, x, t, key, cond=cond, uncond=uncond, first_sample=self.first_sample)
 
     @contextmanager

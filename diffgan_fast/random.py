@@ -66,6 +66,17 @@ def fold_in(key: Key, *data: int | str | torch.Tensor) -> Key:
     return key
 
 
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seeds torch's generators, for what draws from them (dropout): of the CPU and of one device.
+
+    `torch.manual_seed` looks at all kinds of devices and seeds each of them, which takes a hundred times as long.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
 @functools.lru_cache(maxsize=1024)
 def _name_word(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
