@@ -88,9 +88,9 @@ def resolve(method, data, preset, base, critic, model, generator, device, subset
         names = ", ".join("model" if name == "denoiser" else name for name in sorted(unused))
         raise ValueError(f"{names} must be None: method {method!r} has no such network")
     for name, net in given.items():
-        for option in ("T", "z_dim"):
+        for option in ("T", "z_dim", "style_mixing"):
             has, told = getattr(net, option, None), getattr(config, option, None)
-            if isinstance(has, int) and told is not None and has != told:
+            if isinstance(has, int | float) and told is not None and has != told:
                 raise ValueError(f"{option} must be {has}, as the {name} that was given has it; got {told}")
     n, group = config.batch_size, sample_group(made.values())
     if n > group and n % group:

@@ -92,7 +92,9 @@ def _generator_side(judge, fake, key, gan_loss, first):
 
 @dataclass(kw_only=True)
 class DiffusionGANConfig(GeneratorConfig):
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = GeneratorConfig.PRESETS
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = GeneratorConfig.PRESETS | {
+        "stylegan2": GeneratorConfig.PRESETS["stylegan2"] | {"noise": "pixel-priority"}  # Wang et al. 2023, Table 6
+    }
 
     variant: Variant = option("paper", "what the paper says, or what its code does")
     noise: Preset = option("pixel-uniform", "the noise's settings, of which those below may differ")
@@ -198,7 +200,11 @@ class DiffusionGAN(GeneratorMethod):
         state.update("critic", self.penalised(state, loss, judge, x0, t=t, key=real_key, first_sample=first))
         if not as_coded:
             train_generator(fake)
-        logged |= {"critic_loss": loss, "real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
+        logged |= self.followed(state) | {
+            "critic_loss": loss,
+            "real_logit": on_real.float().mean(),
+            "fake_logit": on_fake.float().mean(),
+        }
         logged |= {"p": diffusion.p.clone(), "T": diffusion.T.clone()}
         state.outside(lambda key: diffusion.update(on_real, random.fold_in(key, "levels")), key)
         return logged

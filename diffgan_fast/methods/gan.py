@@ -64,4 +64,6 @@ class GAN(GeneratorMethod):
         logged = {"critic_loss": loss, "generator_loss": fooled()}
         n, first = len(batch.x), batch.first_sample
         state.update("generator", self.smoothed(state, logged["generator_loss"], n, key, first))
-        return logged | {"real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
+        return (
+            logged | self.followed(state) | {"real_logit": on_real.float().mean(), "fake_logit": on_fake.float().mean()}
+        )

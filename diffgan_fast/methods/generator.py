@@ -56,7 +56,8 @@ class GeneratorConfig(TrainConfig):
     z_dim: int = option(100, "length of the latent z", low=1)
     width: int | None = option(
         None,
-        "width of the generator's layers: DCGAN's before the last, 64; SNGAN's, 256; StyleGAN2's, 512; the MLP's, 128",
+        "width of the generator's layers: DCGAN's before the last, 64; SNGAN's, 256; StyleGAN2's and its "
+        "styles', 512; the MLP's, 128",
         low=1,
     )
     critic_width: int | None = option(
@@ -69,7 +70,7 @@ class GeneratorConfig(TrainConfig):
     r1_gamma: float = option(0.0, "weight of the R1 penalty: gamma/2 E|grad D|^2 at real samples (0: none)", low=0)
     r1_every: int = option(16, "steps between R1 penalties, each of which counts for all of them", unit="steps", low=1)
     path_length: float = option(
-        0.0, "weight of StyleGAN2's path length penalty, 2 in its paper, in every fourth step (0: none)", low=0
+        0.0, "weight of StyleGAN2's path length penalty, 2 in its code, in every fourth step (0: none)", low=0
     )
     style_mixing: float = option(
         0.0, "StyleGAN2: part of the batches whose styles come from two z, 0.9 in its paper", low=0, high=1
@@ -129,7 +130,7 @@ class GeneratorMethod(Method):
         if kind == "stylegan2":
             mapping, mixing = 2 if size <= SMALL else 8, self.config.style_mixing
             return nets.StyleGAN2Generator(
-                channels, size, z_dim=z_dim, width=width, latent=width, mapping=mapping, mixing=mixing
+                channels, size, z_dim=z_dim, width=width, latent=width, mapping=mapping, style_mixing=mixing
             )
         return nets.DCGANGenerator(channels, size, z_dim=z_dim, width=width)
 
@@ -189,6 +190,12 @@ class GeneratorMethod(Method):
         penalty = (lengths - path.mean).square().mean()
         path.follow(distributed.mean(lengths.detach().mean()))
         return loss + PATH_EVERY * self.config.path_length * penalty
+
+    def followed(self, state: State) -> dict[str, torch.Tensor]:
+        """What is logged of the path lengths: their running mean, where they are penalised."""
+        if "path_length" not in state.nets:
+            return {}
+        return {"path_length": cast(PathLength, state["path_length"]).mean.clone()}
 
     @torch.no_grad()
     def sample(self, state, n, key, *, first=0, ema=True, labels=None):

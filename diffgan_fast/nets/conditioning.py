@@ -10,19 +10,20 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .checks import check_at_least
 from .embedding import sinusoidal
-from .equalised import SLOPE, EqualisedLinear, leaky
+from .equalised import GAIN, SLOPE, EqualisedLinear
 
 Joining = Literal["concat", "projection", "mapping"]
 
 Layers = Literal["plain", "spectral", "equalised"]
-LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "plain": nn.Linear,
-    "spectral": lambda here, out: spectral_norm(nn.Linear(here, out)),
-    "equalised": EqualisedLinear,
+LAYERS: dict[str, Callable[..., nn.Module]] = {  # of (inputs, outputs, gain), the gain for what does not keep its own
+    "plain": lambda here, out, gain=1.0: nn.Linear(here, out),
+    "spectral": lambda here, out, gain=1.0: spectral_norm(nn.Linear(here, out)),
+    "equalised": lambda here, out, gain=1.0: EqualisedLinear(here, out, gain=gain),
 }
 
 SCALE = 1000.0  # of the level before its sines and cosines, whose frequencies are made for steps up to 1000
@@ -41,15 +42,17 @@ class LevelEmbedding(nn.Module):
         dim: length of the vector.
         as_coded: embed the raw integer t instead: a linear layer without bias at first, then each row scaled to a root
             mean square of 1. At first it can only tell t = 0, which gives 0, from t > 0, which give one vector.
+        equalised: a linear layer of StyleGAN2's kind, for a critic whose learning rate is that of such layers.
 
     Source: Wang et al. 2023, "Diffusion-GAN", Appendix H, and its code.
     """
 
-    def __init__(self, dim: int, *, as_coded: bool = False):
+    def __init__(self, dim: int, *, as_coded: bool = False, equalised: bool = False):
         super().__init__()
         check_at_least(1, dim=dim)
         self.as_coded = as_coded
-        self.linear = EqualisedLinear(1, dim) if as_coded else nn.Linear(128, dim)
+        here = 1 if as_coded else 128
+        self.linear = EqualisedLinear(here, dim) if as_coded or equalised else nn.Linear(here, dim)
 
     def forward(self, t: Tensor | None, level: Tensor | None) -> Tensor:
         """[N, dim] from t int64 [N] (as coded) or from the level [N] in [0, 1]."""
@@ -76,7 +79,8 @@ class LevelCritic(nn.Module):
             of the embedding, over sqrt(dim) (StyleGAN2, where the level takes the place of the class).
         dim: length of the embedding, and width of the hidden or mapping layers; with "projection" it is `width`.
         as_coded: embed the raw integer t, and map it by eight layers of a hundredth of the learning rate.
-        layers: those that see features: "plain", "spectral" (with spectral norm) or "equalised" (StyleGAN2's).
+        layers: those that see features: "plain", "spectral" (with spectral norm) or "equalised" (StyleGAN2's, in the
+            embedding too).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -100,14 +104,15 @@ class LevelCritic(nn.Module):
             raise ValueError(f"layers must be one of {', '.join(LAYERS)}; got {layers!r}")
         layer = LAYERS[layers]
         self.features, self.joining = features, joining
-        self.embedding = LevelEmbedding(width if joining == "projection" else dim, as_coded=as_coded)
+        length, equalised = width if joining == "projection" else dim, layers == "equalised"
+        self.embedding = LevelEmbedding(length, as_coded=as_coded, equalised=equalised)
         if joining == "concat":
-            self.head: nn.Module = nn.Sequential(layer(width + dim, dim), nn.LeakyReLU(SLOPE), layer(dim, 1))
+            self.head: nn.Module = nn.Sequential(layer(width + dim, dim, GAIN), nn.LeakyReLU(SLOPE), layer(dim, 1))
         else:
             self.head = layer(width, dim if joining == "mapping" else 1)
         if joining == "mapping":
             rate, depth = (0.01, 8) if as_coded else (1.0, 2)
-            self.mapping = nn.ModuleList(EqualisedLinear(dim, dim, rate) for _ in range(depth))
+            self.mapping = nn.ModuleList(EqualisedLinear(dim, dim, rate, gain=GAIN) for _ in range(depth))
 
     def forward(self, x: Tensor, t: Tensor | None = None, level: Tensor | None = None, **_) -> Tensor:
         """The logits, high where the critic believes that the clean x is real.
@@ -129,5 +134,5 @@ class LevelCritic(nn.Module):
         if self.joining == "projection":
             return self.head(h).flatten() + (h * embedded).sum(1) / h.shape[1] ** 0.5
         for mapping in self.mapping:
-            embedded = leaky(mapping(embedded))
+            embedded = leaky_relu(mapping(embedded), SLOPE)
         return (self.head(h) * embedded).sum(1) / embedded.shape[1] ** 0.5

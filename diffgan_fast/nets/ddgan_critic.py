@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from .checks import check_at_least, check_images, preset_for
 from .conv import Conv2d
+from .deviation import MinibatchDeviation
 from .embedding import sinusoidal
 from .fir import fir_down
 from .scaled import SQRT_HALF, variance_scaled
-
-GROUP = 4  # samples that minibatch_deviation compares
 
 
 @dataclass(frozen=True)
@@ -52,36 +51,6 @@ def leaky(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 
 
-def minibatch_deviation(x: Tensor, group: int = GROUP) -> Tensor:
-    """`x` with one further channel: how much the samples of a group differ, √(variance + 1e-8) averaged over all else.
-
-    With 4 a group, samples 4k … 4k + 3 are one, so that in the global batch the groups are the same however it is
-    divided among processes or micro-batches, if each takes a multiple of 4. (The reference groups n, n + N/4, n + N/2
-    and n + 3N/4: for a random batch the same statistic.) Fewer samples than a group has are one group.
-
-    Args:
-        x: [N, C, H, W]; N at most `group`, or a multiple of it.
-        group: samples that are compared.
-
-    Returns:
-        [N, C + 1, H, W].
-
-    Raises:
-        ValueError: N is another number.
-
-    Source: Karras et al. 2018, §3; in groups: Karras et al. 2020, and their code.
-    """
-    n, size = len(x), min(len(x), group)
-    if n == 0 or n % size:
-        raise ValueError(
-            f"x holds {n} samples; a critic that compares them in groups takes 1 to {group}, or a multiple of {group}"
-        )
-    groups = x.unflatten(0, (-1, size)).to(torch.promote_types(x.dtype, torch.float32))
-    deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
-    channel = deviation.repeat_interleave(size).to(x.dtype)
-    return torch.cat([x, channel[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
-
-
 class Block(nn.Module):
     """(skip(x) + f(x, emb)) / √2, f: LeakyReLU, conv, + emb, LeakyReLU, conv; no norm.
 
@@ -107,7 +76,7 @@ class DDGANCritic(nn.Module):
     """The critic of a denoising diffusion GAN: `critic(x, t=t, x_t=x_t) -> logits`, is x a sample of q(x_{t-1} | x_t)?
 
     x and x_t are concatenated; residual blocks without norm, halving with the filter [1, 3, 3, 1]; every block is told
-    t; `minibatch_deviation`; a conv, the sum over its pixels, one linear layer. A logit depends on the other samples of
+    t; `MinibatchDeviation`; a conv, the sum over its pixels, one linear layer. A logit depends on the other samples of
     its group of 4. t enters through sines and cosines of t - 1, since its authors count from 0. Every layer has
     a double backward: R1 can be taken.
 
@@ -127,8 +96,6 @@ class DDGANCritic(nn.Module):
 
     Source: Xiao, Kreis and Vahdat 2022, §4 and App. C, and their code, whose initial weights have variance 1 / fan out.
     """
-
-    sample_group = GROUP  # several processes must each have whole groups
 
     def __init__(self, channels: int, size: int, *, T: int, preset: str | None = None, **changes):
         super().__init__()
@@ -150,6 +117,7 @@ class DDGANCritic(nn.Module):
         for i, width in enumerate(shape.widths):
             self.blocks.append(Block(here, width, shape.emb_dim, shrink=i >= keep))
             here = width
+        self.deviation = MinibatchDeviation()
         self.head = variance_scaled(Conv2d(here + 1, here, 3, padding=1), shape.head_scale, fan="out")
         self.logit = variance_scaled(nn.Linear(here, 1), fan="out")
 
@@ -173,5 +141,5 @@ class DDGANCritic(nn.Module):
         h = self.stem(torch.cat([x, x_t], dim=1))
         for block in self.blocks:
             h = block(h, emb)
-        h = leaky(self.head(minibatch_deviation(h)))
+        h = leaky(self.head(self.deviation(h)))
         return self.logit(h.sum((2, 3)))[:, 0]

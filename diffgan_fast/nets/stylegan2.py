@@ -2,14 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv_transpose2d
+from torch.nn.functional import conv_transpose2d, leaky_relu
 
 from diffgan_fast.ops.conv import conv2d
 
 from .checks import check_at_least, check_images, check_latents, resolutions
 from .critic import Critic
-from .ddgan_critic import GROUP, minibatch_deviation
-from .equalised import EqualisedConv2d, EqualisedLinear, leaky
+from .deviation import MinibatchDeviation
+from .equalised import GAIN, SLOPE, EqualisedConv2d, EqualisedLinear
 from .fir import fir_blur, fir_down, fir_up
 from .scaled import SQRT_HALF
 
@@ -25,7 +25,7 @@ class ModulatedConv2d(nn.Module):
     Args:
         latent: length of the style w.
         doubles: whether it doubles the resolution: a transposed convolution of stride 2, then the filter [1, 3, 3, 1].
-        demodulate: whether output channels are divided by those norms.
+        demodulate: whether output channels are divided by those norms, and multiplied by √2.
 
     Source: Karras et al. 2020, §2.2, Eqs. 1 to 3; the filter: App. B.
     """
@@ -40,16 +40,21 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """[N, here, H, W], [N, latent] -> [N, out, H, W], or of twice the size."""
-        style, weight = self.style(w), self.weight * self.scale
+        weight = self.weight * self.scale
+        with _full(w):
+            style = self.style(w)
+            norms = (style.square() @ weight.square().sum((2, 3)).t() + 1e-8).rsqrt() if self.demodulate else None
         x = x * style[:, :, None, None].to(x.dtype)
         if self.doubles:
             x = fir_blur(conv_transpose2d(x, weight.transpose(0, 1), stride=2), padding=1, gain=4.0)
         else:
             x = conv2d(x, weight, padding=weight.shape[-1] // 2)
-        if self.demodulate:
-            squares = style.square() @ weight.square().sum((2, 3)).t()
-            x = x * (squares + 1e-8).rsqrt()[:, :, None, None].to(x.dtype)
-        return x
+        return x if norms is None else x * (GAIN * norms)[:, :, None, None].to(x.dtype)
+
+
+def _full(x: Tensor) -> torch.autocast:
+    """Leaves autocast for what is small and loses by half precision: styles, norms, sums of images."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class StyledLayer(nn.Module):
@@ -69,7 +74,8 @@ class StyledLayer(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         x = self.conv(x, w)
         noise = torch.randn_like(x[:, :1]) if self.training else self.noise.to(x.dtype)
-        return leaky(x + noise * self.strength + self.bias[:, None, None])
+        strength, bias = ((GAIN * v).to(x.dtype) for v in (self.strength, self.bias))
+        return leaky_relu(x + noise * strength + bias[:, None, None], SLOPE)
 
 
 class ToImage(nn.Module):
@@ -81,7 +87,7 @@ class ToImage(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.conv(x, w) + self.bias[:, None, None]
+        return (self.conv(x, w) + self.bias[:, None, None]).to(w.dtype)
 
 
 class StyleGAN2Generator(nn.Module):
@@ -89,19 +95,19 @@ class StyleGAN2Generator(nn.Module):
 
     A mapping network makes a style w of z; a learnt constant image goes through two styled layers at each resolution
     (one at the first), and what each resolution makes of it as an image is added to the doubled image of the one
-    before. In training the layers get noise, and with `mixing` those from a random one on the style of another z, both
-    from torch's generator. In evaluation mode an image is a function of its z.
+    before. In training the layers get noise, and with `style_mixing` those from a random one on the style of another
+    z, both from torch's generator. In evaluation mode an image is a function of its z.
 
     3 channels of 32 pixels and the defaults have 19,947,539 parameters.
 
     Args:
         channels: of the images.
-        size: height and width in pixels: 4 or an odd number from 5 to 15, times a power of 2, and at least 8.
+        size: height and width in pixels: 4 or an odd number below 16, times a power of 2, and at least 8.
         z_dim: length of z.
         width: channels of a layer, where 32768 / pixels of a side are not fewer.
         latent: length of w.
         mapping: layers of the mapping network, which learn at a hundredth of the rate.
-        mixing: the part of training batches of which styles are mixed, in [0, 1].
+        style_mixing: the part of training batches of which styles are mixed, in [0, 1].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -118,15 +124,16 @@ class StyleGAN2Generator(nn.Module):
         width: int = 512,
         latent: int = 512,
         mapping: int = 2,
-        mixing: float = 0.0,
+        style_mixing: float = 0.0,
     ):
         super().__init__()
         sizes = resolutions(size)
         check_at_least(1, channels=channels, z_dim=z_dim, width=width, latent=latent, mapping=mapping)
-        if not 0 <= mixing <= 1:
-            raise ValueError(f"mixing is {mixing}; it must be in [0, 1]")
-        self.z_dim, self.mixing = z_dim, mixing
-        self.mapping = nn.ModuleList(EqualisedLinear(a, latent, 0.01) for a in (z_dim, *[latent] * (mapping - 1)))
+        if not 0 <= style_mixing <= 1:
+            raise ValueError(f"style_mixing is {style_mixing}; it must be in [0, 1]")
+        self.z_dim, self.latent, self.style_mixing = z_dim, latent, style_mixing
+        inputs = (z_dim, *[latent] * (mapping - 1))
+        self.mapping = nn.ModuleList(EqualisedLinear(here, latent, 0.01, gain=GAIN) for here in inputs)
         widths = [min(width, BASE // pixels) for pixels in sizes]
         self.constant = nn.Parameter(torch.randn(widths[0], sizes[0], sizes[0]))
         self.layers, self.images = nn.ModuleList(), nn.ModuleList()
@@ -140,9 +147,10 @@ class StyleGAN2Generator(nn.Module):
     def styles(self, z: Tensor) -> Tensor:
         """z [N, z_dim] -> w [N, latent]. ValueError if `z` has another shape."""
         check_latents(z, self.z_dim)
-        w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-        for layer in self.mapping:
-            w = leaky(layer(w))
+        with _full(z):
+            w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+            for layer in self.mapping:
+                w = leaky_relu(layer(w), SLOPE)
         return w
 
     def synthesis(self, ws: Tensor) -> Tensor:
@@ -151,15 +159,17 @@ class StyleGAN2Generator(nn.Module):
         A layer takes one style; what makes an image of a resolution takes that of the layer that follows, and at the
         last resolution one of its own. ValueError if `ws` has another shape.
         """
-        if ws.dim() != 3 or ws.shape[1] != self.styled:
-            raise ValueError(f"ws is {list(ws.shape)}; it must be [N, {self.styled}, latent]")
+        if ws.shape[1:] != (self.styled, self.latent):
+            raise ValueError(f"ws is {list(ws.shape)}; it must be [N, {self.styled}, {self.latent}]")
         w = ws.unbind(1)
         x = self.layers[0](self.constant.expand(len(ws), *self.constant.shape), w[0])
         image = self.images[0](x, w[1])
         for i, to_image in enumerate(self.images[1:], 1):
             for j in (2 * i - 1, 2 * i):
                 x = self.layers[j](x, w[j])
-            image = fir_up(image) + to_image(x, w[2 * i + 1])
+            with _full(image):
+                larger = fir_up(image)
+            image = larger + to_image(x, w[2 * i + 1])
         return image
 
     def forward(self, z: Tensor) -> Tensor:
@@ -167,13 +177,13 @@ class StyleGAN2Generator(nn.Module):
         return self.synthesis(self.mixed(z))
 
     def mixed(self, z: Tensor) -> Tensor:
-        """The styles [N, L, latent] of z, in training mixed as `mixing` says."""
+        """The styles [N, L, latent] of z, in training mixed as `style_mixing` says."""
         L = self.styled
         ws = self.styles(z)[:, None].expand(-1, L, -1)
-        if not (self.training and self.mixing):
+        if not (self.training and self.style_mixing):
             return ws
         first = torch.randint(1, L, (), device=z.device)
-        first = torch.where(torch.rand((), device=z.device) < self.mixing, first, L)
+        first = torch.where(torch.rand((), device=z.device) < self.style_mixing, first, L)
         other = self.styles(torch.randn_like(z))[:, None]
         return torch.where((torch.arange(L, device=z.device) < first)[:, None], ws, other)
 
@@ -203,7 +213,7 @@ class PathLength(nn.Module):
         images = generator.synthesis(ws)
         reached = (images.to(noise.dtype) * noise).sum() / (images[0, 0].numel()) ** 0.5
         (gradient,) = torch.autograd.grad(reached, ws, create_graph=True)
-        return gradient.square().sum(2).mean(1).sqrt()
+        return (gradient.square().sum(2).mean(1) + 1e-8).sqrt()  # where a length is 0, the root has a gradient too
 
     @torch.no_grad()
     def follow(self, length: Tensor) -> None:
@@ -217,34 +227,20 @@ class _Halving(nn.Module):
 
     def __init__(self, here: int, out: int, skip: bool):
         super().__init__()
-        self.convs = nn.ModuleList([EqualisedConv2d(here, here, 3), EqualisedConv2d(here, out, 3, stride=2, padding=0)])
+        second = EqualisedConv2d(here, out, 3, stride=2, padding=0, gain=GAIN)
+        self.convs = nn.ModuleList([EqualisedConv2d(here, here, 3, gain=GAIN), second])
         self.skip = EqualisedConv2d(here, out, 1, bias=False) if skip else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = leaky(self.convs[1](fir_blur(leaky(self.convs[0](x)))))
+        h = leaky_relu(self.convs[0](x), SLOPE)
+        h = leaky_relu(self.convs[1](fir_blur(h)), SLOPE)
         return h if self.skip is None else (h + self.skip(fir_down(x))) * SQRT_HALF
-
-
-class _Leaky(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return leaky(x)
-
-
-class _Deviation(nn.Module):
-    """`minibatch_deviation`."""
-
-    def __init__(self, group: int):
-        super().__init__()
-        self.sample_group = group
-
-    def forward(self, x: Tensor) -> Tensor:
-        return minibatch_deviation(x, self.sample_group)
 
 
 class StyleGAN2Critic(Critic):
     """StyleGAN2's critic: one logit an image, which depends on the other images of its group.
 
-    A 1x1 convolution, two 3x3 convolutions at each resolution, `minibatch_deviation`, one more, two linear layers. 3
+    A 1x1 convolution, two 3x3 convolutions at each resolution, `MinibatchDeviation`, one more, two linear layers. 3
     channels of 32 pixels and the defaults have 20,720,641 parameters.
 
     Args:
@@ -268,7 +264,7 @@ class StyleGAN2Critic(Critic):
         *,
         width: int = 512,
         residual: bool = False,
-        group: int = GROUP,
+        group: int = 4,
         inputs: tuple[str, ...] = ("x",),
         T: int | None = None,
     ):
@@ -279,15 +275,15 @@ class StyleGAN2Critic(Critic):
         self.channels, self.size = channels, size
         self.features = widths[-1]
         self.main = nn.Sequential(
-            EqualisedConv2d(self.joined(channels), widths[0], 1),
-            _Leaky(),
+            EqualisedConv2d(self.joined(channels), widths[0], 1, gain=GAIN),
+            nn.LeakyReLU(SLOPE),
             *(_Halving(a, b, residual) for a, b in zip(widths, widths[1:], strict=False)),
-            _Deviation(group),
-            EqualisedConv2d(self.features + 1, self.features, 3),
-            _Leaky(),
+            MinibatchDeviation(group),
+            EqualisedConv2d(self.features + 1, self.features, 3, gain=GAIN),
+            nn.LeakyReLU(SLOPE),
             nn.Flatten(),
-            EqualisedLinear(self.features * sizes[-1] ** 2, self.features),
-            _Leaky(),
+            EqualisedLinear(self.features * sizes[-1] ** 2, self.features, gain=GAIN),
+            nn.LeakyReLU(SLOPE),
             EqualisedLinear(self.features, 1),
         )
 

@@ -1,8 +1,8 @@
 """The comparisons of "Diffusion-GAN" on images: with and without diffusion (Table 8), mixing (Table 7), T (Figure 7).
 
-DCGAN's and SNGAN's networks, each with the noise that the paper recommends and without, the two mixing distributions,
-a T that adapts or stays, and a schedule that is rebuilt for each T or fixed: several seeds, equal images, equal
-generators. A critic that is told the noise level has one hidden layer more than the plain GAN's, as in the paper; one
+DCGAN's and SNGAN's networks, or StyleGAN2's, each with the noise that the paper recommends and without, the two mixing
+distributions, a T that adapts or stays, and a schedule that is rebuilt for each T or fixed: several seeds, equal
+images, equal generators. A critic that is told the noise level has more layers than the plain GAN's, as in the paper; one
 that is not ("not-told") is the plain GAN's, and its difference the noise's alone. Published scores are of far longer
 runs on other features; only differences here mean anything.
 """
@@ -102,7 +102,8 @@ def reproduce_diffusion_gan(
     for seed, network, config in bar:
         bar.set_postfix_str(f"{network}, {config}, seed {seed}")
         method, own_settings = CONFIGS[config]
-        settings = NETWORKS[network] | own_settings | (noise if method == "diffusion-gan" else {}) | options
+        noised = {"noise": "pixel-uniform"} | own_settings | noise if method == "diffusion-gan" else own_settings
+        settings = NETWORKS[network] | noised | options
         run = train(method, data, folder / network / config / f"seed-{seed}", seed=seed, **settings)
         scores = run.evaluated(n, seed=seed + 1, together=True)
         kept = {name: scores[name] for score in SCORES for name in (score, _real(score))}
@@ -138,7 +139,10 @@ def _page(results: Results, first: dict[tuple[str, str], Run], data: str, n: int
     about = f"{data}, {kimg:g} thousand images of training each, {n:,} samples measured, averaged weights sampled."
     configs = dict.fromkeys(config for _, config in results)
     notes = [f"{config}: {WHAT[config]}." for config in configs]
-    notes.append("A critic that is told the noise level has a hidden layer of 128 more than gan's and not-told's.")
+    notes.append(
+        "A critic that is told the noise level has more than gan's and not-told's: a hidden layer behind its features, "
+        "or with stylegan2 and as-coded a mapping network."
+    )
     notes.append("Scores are on features of this data set: compare them with each other, never with published ones.")
     table = report.html_table(*diffusion_gan_table(results)) + "".join(paragraph(note, "note") for note in notes)
     sections = [("", paragraph(about) + table)]

@@ -248,7 +248,10 @@ def test_what_is_stylegans_is_refused_elsewhere():
     for option in ("path_length", "style_mixing"):
         with pytest.raises(ValueError, match=f"^{option} must be 0 for a generator that is not StyleGAN2's; got 0.5"):
             make(**{option: 0.5})
-    assert make(network="stylegan2", style_mixing=0.5)[1]["generator"].mixing == 0.5
+    own = nets.StyleGAN2Generator(1, 8, z_dim=4, width=8, latent=8, style_mixing=0.7)
+    with pytest.raises(ValueError, match="^style_mixing must be 0.7, as the generator that was given has it; got 0.0"):
+        dgf.plan("gan", data="digits", generator=own, z_dim=4, steps=1, width=8)
+    assert make(network="stylegan2", style_mixing=0.5)[1]["generator"].style_mixing == 0.5
 
 
 def test_stylegans_networks_follow_the_size():

@@ -59,7 +59,7 @@ NETWORKS = {
     "sngan generator": (lambda: SNGANGenerator(3, 8, z_dim=5, width=8), (torch.randn(3, 5),)),
     "sngan critic": (lambda: SNGANCritic(3, 8, width=8), (images(3, 3, 8),)),
     "stylegan2 generator": (
-        lambda: StyleGAN2Generator(3, 8, z_dim=5, width=8, latent=6, mixing=0.5),
+        lambda: StyleGAN2Generator(3, 8, z_dim=5, width=8, latent=6, style_mixing=0.5),
         (torch.randn(3, 5),),
     ),
     "stylegan2 critic": (lambda: StyleGAN2Critic(3, 8, width=8), (images(3, 3, 8),)),

@@ -45,6 +45,19 @@ def test_the_mapping_as_coded_is_stylegan2s():
     torch.testing.assert_close(critic(X.double(), t=T), want)
 
 
+@pytest.mark.parametrize("joining", JOININGS)
+def test_equalised_layers_learn_alike(joining):
+    """A step of Adam moves every weight by the same part of its size, those that see the level too."""
+    critic = make(joining, layers="equalised")
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.99))
+    before = {name: p.detach().clone() for name, p in critic.named_parameters() if name.endswith("weight")}
+    critic(torch.randn(5, 6), t=T, level=LEVEL).square().mean().backward()
+    optimizer.step()
+    for name, p in critic.named_parameters():
+        if name in before:
+            assert 3e-4 < (p - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt() < 3e-3, name
+
+
 def test_the_projection_is_a_product_with_the_features():
     critic = make("projection")
     embedded = critic.embedding(None, LEVEL)

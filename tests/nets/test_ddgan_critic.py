@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from diffgan_fast.nets import DDGANCritic
-from diffgan_fast.nets.ddgan_critic import minibatch_deviation
+from diffgan_fast.nets.deviation import MinibatchDeviation
 from diffgan_fast.ops import r1_penalty
 
 from .helpers import count, images, randomise
 from .test_embedding import closed_form
 from .test_fir import filtered
 
+minibatch_deviation = MinibatchDeviation()
 T4 = torch.tensor([1, 2, 4, 3])
 TINY = dict(preset="8", T=4, stem=4, widths=(4, 6), halvings=1, emb_dim=4)
 

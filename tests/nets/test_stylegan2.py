@@ -69,7 +69,7 @@ def test_a_modulated_convolution_is_that_of_each_sample_s_weights():
     x, w = images(3, 4, 6, dtype=torch.float64), torch.randn(3, W, dtype=torch.float64)
     for options in (dict(), dict(doubles=True), dict(demodulate=False)):
         layer = ModulatedConv2d(4, 5, 3, W, **options).double()
-        expected = modulated(layer, x, w, "doubles" in options)
+        expected = modulated(layer, x, w, "doubles" in options) * (2**0.5 if layer.demodulate else 1)
         torch.testing.assert_close(layer(x, w), expected, rtol=0, atol=1e-12)
 
 
@@ -131,6 +131,11 @@ def test_the_critic_follows_its_description(residual):
 def test_its_start_keeps_the_size_of_signals():
     """What equalised layers are for: outputs of order one at any width."""
     torch.manual_seed(0)
+    net = StyleGAN2Generator(1, 8, z_dim=128, width=8, latent=128)
+    assert all(95 < layer.weight.std() < 105 and not layer.bias.any() for layer in net.mapping)
+    assert 0.5 < net.styles(torch.randn(64, 128)).square().mean().sqrt() < 2
+    for layer in net.layers:
+        assert (layer.conv.style.bias == 1).all() and layer.strength == 0 and 0.9 < layer.conv.weight.std() < 1.1
     for width in (16, 128):
         x = StyleGAN2Generator(1, 16, z_dim=32, width=width, latent=width)(torch.randn(32, 32))
         assert 0.5 < x.std() < 4
@@ -140,13 +145,17 @@ def test_its_start_keeps_the_size_of_signals():
 
 @torch.no_grad()
 def test_noise_and_mixing_are_of_training():
-    net, z = generator(mixing=1.0), torch.randn(64, 3, dtype=torch.float64)
+    net, z = generator(), torch.randn(64, 3, dtype=torch.float64)
     assert torch.equal(net(z), net(z))
     torch.testing.assert_close(net(z)[:5], net(z[:5]))  # a function of each z
     net.train()
-    assert not torch.equal(net(z), net(z))
+    first, second = net(z[:1].expand(64, 3)), net(z[:1].expand(64, 3))
+    assert (first[0] - first[1]).abs().max() > 1e-3 and (first - second).abs().amin(0).max() > 1e-4
     for layer in net.layers:
         layer.strength.zero_()
+    first = net(z[:1].expand(64, 3))
+    torch.testing.assert_close(first, first[:1].expand_as(first))
+    net.style_mixing = 1.0
     plain = net.styles(z)[:, None].expand(-1, net.styled, -1)
     seen = set()
     for seed in range(30):
@@ -156,7 +165,7 @@ def test_noise_and_mixing_are_of_training():
         seen.add(int(kept[0].sum()))
         assert kept[0, : kept[0].sum()].all()
     assert seen == {1, 2, 3}  # each of the four styles but the first may be the first of the other z
-    net.mixing = 0.5
+    net.style_mixing = 0.5
     mixed = [not torch.equal(net.mixed(z), plain) for _ in range(200)]
     assert 0.35 < np.mean(mixed) < 0.65
 
@@ -171,10 +180,36 @@ def test_path_lengths_are_those_of_the_jacobian():
         ws = net.styles(z[i : i + 1])[:, None].expand(-1, 4, -1).detach()
         jacobian = torch.autograd.functional.jacobian(lambda ws: net.synthesis(ws).flatten(), ws)
         reached = torch.einsum("p,plw->lw", y[i].flatten() / 8, jacobian[:, 0])
-        torch.testing.assert_close(lengths[i], reached.square().sum(1).mean().sqrt())
+        torch.testing.assert_close(lengths[i], reached.square().sum(1).mean().sqrt(), rtol=1e-6, atol=1e-4)
     tracked.follow(torch.tensor(5.0))
     tracked.follow(torch.tensor(7.0))
     torch.testing.assert_close(tracked.mean.item(), 0.05 + 0.01 * (7 - 0.05), rtol=1e-6, atol=0)
+
+
+def test_a_path_of_no_length_has_a_gradient():
+    net, tracked = generator(), PathLength().double()
+    for layer in net.images:
+        layer.conv.weight.data.zero_()
+    z, y = torch.randn(2, 3, dtype=torch.float64), images(2, 1, 8, dtype=torch.float64)
+    lengths = tracked(net, z, y)
+    (gradient,) = torch.autograd.grad((lengths - 1).square().mean(), net.constant)
+    assert lengths.max() <= 1e-4 and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_is_of_images_alone(dtype):
+    """Styles and norms stay in float32, and so does the sum of images; what layers hand on is half."""
+    net = randomise(StyleGAN2Generator(1, 16, z_dim=8, width=32, latent=8), 1, 1.0).eval()
+    z, seen = torch.randn(8, 8), []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda layer, given, out: seen.append((given[1].dtype, out.dtype)))
+    want = net(z)
+    seen.clear()
+    with torch.autocast("cpu", dtype, cache_enabled=False):
+        got = net(z)
+    assert got.dtype == torch.float32 and set(seen) == {(torch.float32, dtype)}
+    assert (got - want).square().mean().sqrt() < 0.02 * want.square().mean().sqrt()
 
 
 def test_the_penalty_of_path_lengths_has_its_gradient():
@@ -210,13 +245,13 @@ def test_bad_arguments_are_named():
             StyleGAN2Generator(1, size)
         with pytest.raises(ValueError, match=f"^size is {size}"):
             StyleGAN2Critic(1, size)
-    with pytest.raises(ValueError, match="^mixing is 1.5; it must be in"):
-        StyleGAN2Generator(1, 8, mixing=1.5)
+    with pytest.raises(ValueError, match="^style_mixing is 1.5; it must be in"):
+        StyleGAN2Generator(1, 8, style_mixing=1.5)
     with pytest.raises(ValueError, match="^mapping is 0; it must be at least 1"):
         StyleGAN2Generator(1, 8, mapping=0)
     with pytest.raises(ValueError, match=r"^z is \[2, 4\]; it must be \[N, 3\]"):
         generator()(torch.randn(2, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"^ws is \[2, 3, 6\]; it must be \[N, 4, latent\]"):
+    with pytest.raises(ValueError, match=r"^ws is \[2, 3, 6\]; it must be \[N, 4, 6\]"):
         generator().synthesis(torch.randn(2, 3, W, dtype=torch.float64))
     with pytest.raises(ValueError, match="^x holds 6 samples; .* 1 to 4, or a multiple of 4"):
         critic()(images(6, 1, 8, dtype=torch.float64))
