@@ -2,9 +2,9 @@
 
 DCGAN's and SNGAN's networks, or StyleGAN2's, each with the noise that the paper recommends and without, the two mixing
 distributions, a T that adapts or stays, and a schedule that is rebuilt for each T or fixed: several seeds, equal
-images, equal generators. A critic that is told the noise level has more layers than the plain GAN's, as in the paper; one
-that is not ("not-told") is the plain GAN's, and its difference the noise's alone. Published scores are of far longer
-runs on other features; only differences here mean anything.
+images, equal generators. A critic that is told the noise level has more layers than the plain GAN's, as in the paper;
+one that is not ("not-told") is the plain GAN's, and its difference the noise's alone. Published scores are of far
+longer runs on other features; only differences here mean anything.
 """
 
 from __future__ import annotations
