@@ -404,7 +404,7 @@ def test_complete_gans_are_reused_and_terms_are_fixed(gan_study, monkeypatch):
     assert seen == {("dcgan", "priority"): results["dcgan", "priority"][:1]}
     for arguments, message in (
         (dict(data="moons"), "data must be of digits"),
-        (dict(networks="unet"), "networks must be of dcgan, sngan; got unet"),
+        (dict(networks="unet"), "networks must be of dcgan, sngan, stylegan2; got unet"),
         (dict(configs=()), "configs must be of gan, diffusion-gan, .*; got none"),
         (dict(steps=3, T_max=9), "T_max, steps: set by the study itself"),
     ):
