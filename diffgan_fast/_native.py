@@ -58,11 +58,8 @@ def cuda_fits() -> bool:
 
 def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for `archs` runs on a device: sm_XY of the same generation and no later, or compute_XY no later."""
-    for kind, number in (arch.split("_") for arch in archs):
-        built = divmod(int(number), 10)
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return True
-    return False
+    built = [(kind, divmod(int(number), 10)) for kind, number in (arch.split("_") for arch in archs)]
+    return any(of <= capability and (kind == "compute" or of[0] == capability[0]) for kind, of in built)
 
 
 LIBRARY = torch.library.Library("diffgan_fast", "DEF")

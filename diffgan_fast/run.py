@@ -29,9 +29,8 @@ from diffgan_fast.metrics.evaluation import MAX_REFERENCE
 from diffgan_fast.metrics.extraction import Seen, describe, see
 from diffgan_fast.metrics.extractors import chosen_extractor
 
-NUMBERS = (
-    500 * 3 * 32 * 32
-)  # in images that are drawn at a time, unless told: at 256 pixels a U-Net takes 190 MB for each
+# In images that are drawn at a time, unless told: at 256 pixels DDGAN's generator takes 190 MB for each
+NUMBERS = 500 * 3 * 32 * 32
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -175,8 +175,8 @@ def together(state: State, samples: int) -> Iterator[None]:
 
 
 def sample_group(nets: Iterable[nn.Module]) -> int:
-    """How many samples a network compares at once: the largest group of any layer, 1 where each is seen by itself."""
-    return max(getattr(layer, "sample_group", 1) for net in nets for layer in net.modules())
+    """The samples that hold whole groups of every layer which compares some, 1 where each is seen by itself."""
+    return math.lcm(*(getattr(layer, "sample_group", 1) for net in nets for layer in net.modules()))
 
 
 @contextmanager
